@@ -80,4 +80,4 @@ def main():
     except ValueError as error: print(f'relkd: {error}', file=sys.stderr); sys.exit(2)
     except KeyboardInterrupt: print('\nrelkd: stopped', file=sys.stderr); sys.exit(130)
 
-if __name__ == '__main__' and not hasattr(sys, 'ps1') and 'ipykernel' not in sys.modules: main()
+if __name__ == '__main__' and '__file__' in globals(): main()      # python -m relkd.cli, not the notebook
