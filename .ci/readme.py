@@ -12,6 +12,7 @@ root = Path(__file__).resolve().parents[1]
 def readme() -> str:
     "The index notebook as Markdown, its links made relative to the top of the repository."
     nb = nbformat.read(root / "nbs" / "index.ipynb", as_version=4)
+    nb.metadata["language_info"] = {"name": "python"}                        # for the code fences
     nb.cells = [c for c in nb.cells if not re.match(r"#\|\s*hide", c.source)]
     body, _ = MarkdownExporter().from_notebook_node(nb)
     body = re.sub(r"\]\(\.\./", "](", body)                                   # ../figures/x.png -> figures/x.png

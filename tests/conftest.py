@@ -1,0 +1,38 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--flags", default="", help="run the notebook cells with these flags too: 'slow', 'slow cuda'")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def flags(request):
+    return request.config.getoption("--flags")
+
+
+@pytest.fixture
+def relkd_cli():
+    """Run the command line in a process of its own: relkd_cli('run', 'digits', ...) -> CompletedProcess."""
+    import subprocess
+
+    env = {k: v for k, v in os.environ.items() if "COLOR" not in k} | {"OMP_NUM_THREADS": "1"}
+
+    def call(*args, **kw):
+        return subprocess.run([sys.executable, "-m", "relkd.cli", *map(str, args)], capture_output=True, text=True, env=env, cwd=ROOT, **kw)
+
+    call.env = env
+    return call

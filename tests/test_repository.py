@@ -1,0 +1,98 @@
+"""Package, notebooks and README are in step; the layers import downwards only."""
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    to = tmp_path_factory.mktemp("copy")
+    shutil.copy(ROOT / "settings.ini", to)
+    for folder in ("nbs", "relkd"):
+        shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    return to
+
+
+def files(folder, pattern):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.glob(pattern)) if "__pycache__" not in p.parts and ".ipynb_checkpoints" not in p.parts}
+
+
+def test_exported_code_is_in_step_with_the_notebooks(copy):
+    for p in (copy / "relkd").glob("**/*.py"):
+        p.unlink()
+    subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True, capture_output=True)
+    assert files(copy / "relkd", "**/*.py") == files(ROOT / "relkd", "**/*.py"), "run `make export`"
+
+
+def test_notebooks_are_clean(copy):
+    subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True, capture_output=True)
+    assert files(copy / "nbs", "**/*.ipynb") == files(ROOT / "nbs", "**/*.ipynb"), "run `nbdev_clean`"
+
+
+def test_readme_is_in_step_with_the_index():
+    done = subprocess.run([sys.executable, ROOT / ".ci" / "readme.py", "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_readme_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    missing = [l for l in links if not l.startswith("http") and not (ROOT / l).exists()]
+    assert len(links) > 10 and not missing
+
+
+@pytest.mark.parametrize("notebook", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts))
+def test_links_between_notebooks_lead_somewhere(notebook):
+    import nbformat
+
+    text = "\n".join(c.source for c in nbformat.read(ROOT / notebook, as_version=4).cells if c.cell_type == "markdown")
+    links = [l for l in re.findall(r"\]\(([^)#\s]+)\)", text) if not l.startswith("http")]
+    assert not [l for l in links if not ((ROOT / notebook).parent / l).exists()]
+
+
+def test_every_loss_notebook_is_exported_by_the_package():
+    import importlib
+
+    import relkd.losses
+
+    for module in (ROOT / "relkd" / "losses").glob("[a-z]*.py"):
+        names = [n for n in importlib.import_module(f"relkd.losses.{module.stem}").__all__ if n[0].isupper()]
+        assert set(names) <= set(relkd.losses.__all__), f"name {module.stem} in nbs/losses/index.ipynb"
+
+
+@pytest.mark.parametrize("module, forbidden", [
+    ("relkd.losses", "torchvision nbdev fastcore matplotlib lightning sklearn pandas relkd.data relkd.train"),
+    ("relkd.recipes", "nbdev fastcore execnb IPython"),
+])
+def test_what_an_import_does_not_bring_in(module, forbidden):
+    code = f"import sys, {module}; print([m for m in {forbidden.split()!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/")
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_layers_import_downwards_only():
+    order = {"relations": 0, "losses": 1, "data": 2, "models": 2, "features": 2, "distill": 3, "records": 3, "train": 4, "plots": 4, "recipes": 5, "cli": 6}
+    for path in (ROOT / "relkd").glob("**/*.py"):
+        me = path.relative_to(ROOT / "relkd").with_suffix("").parts[0]
+        if me not in order:
+            continue
+        for dots, target in re.findall(r"^\s*from (\.+)(\w+)", path.read_text(encoding="utf-8"), flags=re.M):
+            if me == "losses" and dots == ".":
+                continue
+            assert order[target] <= order[me], f"{path.name} imports {target}, which is above it"
+
+
+def test_version_is_one():
+    import configparser
+
+    import relkd
+
+    cfg = configparser.ConfigParser(delimiters=["="])
+    cfg.read(ROOT / "settings.ini", encoding="utf-8")
+    assert relkd.__version__ == cfg["DEFAULT"]["version"]
