@@ -26,10 +26,15 @@ class Term:
     teacher:str='fc:input'  # layer of the teacher, or a tuple of layers
     options:dict=field(default_factory=dict) # of the loss's constructor
 
-    def build(self) -> nn.Module: # with its own trainable parts, if it has any
+    def build(self,
+        student=None, # an example of what the loss will be given, a tensor or a list of them: for a loss whose trainable parts have shapes
+        teacher=None, # likewise
+    ) -> nn.Module: # with its own trainable parts, if it has any
         "The loss. Raises ValueError for an unknown name, naming the nearest."
         if self.loss not in losses.__all__: raise ValueError(nearest('loss', self.loss, losses.__all__))
-        return getattr(losses, self.loss)(**self.options)
+        cls = getattr(losses, self.loss)
+        if hasattr(cls, 'from_features') and student is not None: return cls.from_features(student, teacher, **self.options)
+        return cls(**self.options)
 
     def __str__(self):
         inside = ', '.join(f'{k}={v}' for k, v in self.options.items())
@@ -42,9 +47,12 @@ class Row:
     name:str           # as the table prints it
     terms:tuple=()     # of Term
     task:float=1.      # weight of the cross-entropy with the labels
-    paper:float=None   # the paper's number for it, where the table has one
+    first:tuple=()     # terms of a first stage, trained alone before: a hint stage
+    first_epochs:int=0 # epochs of the first stage
 
-    def __str__(self): return ' + '.join([f'{self.task:g} CE', *map(str, self.terms)])
+    def __str__(self):
+        before = f'{self.first_epochs} epochs of {" + ".join(map(str, self.first))}, then ' if self.first_epochs else ''
+        return before + ' + '.join([f'{self.task:g} CE', *map(str, self.terms)])
 
 # %% ../nbs/lab/03_distill.ipynb #9695fcbe
 RKD_D  = Term('RKDDistance', 25.)
@@ -59,29 +67,43 @@ PAPER_ROWS = (
     Row('HKD + RKD-DA', (HKD, RKD_D, RKD_A)),
 )
 
-# %% ../nbs/lab/03_distill.ipynb #2dbbaffa
+# %% ../nbs/lab/03_distill.ipynb #3e030acb
+def _names(layer): return (layer,) if isinstance(layer, str) else tuple(layer)
+def _pick(features, layer): return features[layer] if isinstance(layer, str) else [features[n] for n in layer]
+def _all(layers): return tuple(dict.fromkeys(n for l in layers for n in _names(l)))
+
 class Objective(nn.Module):
-    "The objective of one student: `row.task` times the cross-entropy plus the row's terms."
+    "The objective of one student: `row.task` times the cross-entropy plus the row's terms; before it, the first stage's terms alone."
     def __init__(self, row:Row):
         super().__init__()
-        self.row, self.losses = row, nn.ModuleList(t.build() for t in row.terms)
-        self._by_index = ['index' in inspect.signature(l.forward).parameters for l in self.losses]
-        self.student_layers = tuple(dict.fromkeys(['logits', *(n for t in row.terms for n in self._names(t.student))]))
-        self.teacher_layers = tuple(dict.fromkeys(n for t in row.terms for n in self._names(t.teacher)))
+        self.row = row
+        terms = [*row.terms, *row.first]
+        self.student_layers = _all(['logits', *(t.student for t in terms)])
+        self.teacher_layers = _all(t.teacher for t in terms)
+        self.losses = nn.ModuleDict()
 
-    @staticmethod
-    def _names(layer): return (layer,) if isinstance(layer, str) else tuple(layer)
-    @staticmethod
-    def _pick(features, layer): return features[layer] if isinstance(layer, str) else [features[n] for n in layer]
+    def build(self,
+        student:dict, # layer -> tensor, of one example batch
+        teacher:dict, # layer -> tensor, of the same batch
+    ) -> 'Objective': # itself
+        "Make the losses; equal terms of both stages share one."
+        for term in (*self.row.terms, *self.row.first):
+            if self._key(term) not in self.losses: self.losses[self._key(term)] = term.build(_pick(student, term.student), _pick(teacher, term.teacher))
+        return self
+
+    def _key(self, term): return f'{[*self.row.terms, *self.row.first].index(term)}-{term.loss}'
 
     def forward(self,
         student:dict,              # layer -> tensor, of the student
         teacher:dict,              # layer -> tensor, of the teacher; empty if no term reads it
         labels:torch.Tensor,       # (B,)
         index:torch.Tensor=None,   # (B,) which training samples these are
+        first:bool=False,          # the first stage?
     ) -> torch.Tensor: # 0-dim
-        total = self.row.task * F.cross_entropy(student['logits'].float(), labels)
-        for term, loss, by_index in zip(self.row.terms, self.losses, self._by_index):
-            more = {'index': index} if by_index else {}
-            total = total + term.weight * loss(self._pick(student, term.student), self._pick(teacher, term.teacher), **more)
+        total = 0. if first else self.row.task * F.cross_entropy(student['logits'].float(), labels)
+        for term in self.row.first if first else self.row.terms:
+            loss = self.losses[self._key(term)]
+            f = loss.prepare if first and hasattr(loss, 'prepare') else loss
+            more = {'index': index} if 'index' in inspect.signature(loss.forward).parameters else {}
+            total = total + term.weight * f(_pick(student, term.student), _pick(teacher, term.teacher), **more)
         return total

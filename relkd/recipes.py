@@ -5,19 +5,17 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'recipe', 'run', 'summary', 'draw']
 
-# %% ../nbs/lab/10_recipes.ipynb #4bbca053
-import io
-import warnings
+# %% ../nbs/lab/10_recipes.ipynb #fdd36ea8
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 
-from .data import Batches, few_per_class, load, nearest, pad_crop
-from .distill import PAPER_ROWS, Row
+from .data import Batches, few_per_class, flip, load, nearest, pad_crop
+from .distill import HKD, PAPER_ROWS, RKD_A, RKD_D, Row, Term
 from .models import create
-from .records import check_writable, digest, load_records, make_record, slug, table, write_atomically, write_record
-from .train import Learner, Schedule, fit, make_fabric
+from .records import check_writable, digest, drop_checkpoint, environment, load_checkpoint, load_records, make_record, save_checkpoint, slug, table, write_atomically, write_record
+from .train import Learner, Saver, Schedule, Stop, fit, make_fabric
 
 # %% ../nbs/lab/10_recipes.ipynb #683bfd85
 @dataclass(frozen=True)
@@ -30,12 +28,15 @@ class Recipe:
     student:str                 # name of the network
     rows:tuple                  # of Row; the first is the plain student
     schedule:Schedule           # of the students
-    teacher_schedule:Schedule   # of the teachers, on all training images
+    teacher_schedule:Schedule   # of the teacher, on all training images
     seeds:tuple                 # one repetition each
+    together:bool=False         # do all seeds share one teacher and one stream of batches?
     labelled:int=None           # training images of each class that the students get; all by default
     augment:tuple=()            # of Batches, for both
     eval_every:int=1            # epochs between tests
-    cut:str=''                  # in words, if the schedule was cut down
+    quoted:tuple=()             # pairs (row, number) that a paper reports
+    source:str=''               # where the quoted numbers are from
+    cut:str=''                  # in words, what was cut down
 
     @property
     def row_names(self) -> list: return [*(r.name for r in self.rows), 'Teacher']
@@ -63,17 +64,46 @@ class Recipe:
         return new
 
     def __str__(self):
-        lines = [('recipe', f'{self.name}: {self.title}'), ('data', self.data + (f', {self.labelled} labelled images of each class for the students, all for the teachers' if self.labelled else '')),
+        few = f', {self.labelled} labelled images of each class for the students, all for the teacher' if self.labelled else ''
+        lines = [('recipe', f'{self.name}: {self.title}'), ('data', self.data + few),
                  ('augmentation', ', '.join(f.__name__ + ''.join(f' {v}' for v in o.values()) for f, o in self.augment) or 'none'),
-                 ('teacher', f'{self.teacher}; {self.teacher_schedule}'), ('student', f'{self.student}; {self.schedule}'), ('seeds', ', '.join(map(str, self.seeds))),
+                 ('teacher', f'{self.teacher}; {self.teacher_schedule}'), ('student', f'{self.student}; {self.schedule}'),
+                 ('seeds', ', '.join(map(str, self.seeds)) + ('; one teacher and one stream of batches for all' if self.together else '; each with its own teacher, images and batches')),
                  *((f'row {r.name}', str(r)) for r in self.rows), *((('cut down', self.cut),) if self.cut else ())]
-        return '\n'.join(f'{k:18} {v}' for k, v in lines)
+        return '\n'.join(f'{k:22} {v}' for k, v in lines)
 
-# %% ../nbs/lab/10_recipes.ipynb #b552ebdf
+# %% ../nbs/lab/10_recipes.ipynb #29875043
+def _table4(student_last, teacher_last, student_three, teacher_three):
+    fitnet = Term('FitNet', 100., student_last, teacher_last)
+    attention = Term('AT', 25., student_three, teacher_three)
+    return (Row('Baseline'), Row('RKD-D', (RKD_D,)), Row('RKD-DA', (RKD_D, RKD_A)), Row('HKD', (HKD,)), Row('HKD + RKD-DA', (HKD, RKD_D, RKD_A)),
+            Row('FitNet', (fitnet,)), Row('FitNet + RKD-DA', (fitnet, RKD_D, RKD_A)), Row('Attention', (attention,)), Row('Attention + RKD-DA', (attention, RKD_D, RKD_A)))
+
+def _crd(maps, hint, last):
+    def row(name, *terms, task=1.): return Row(name, terms, task)
+    return (row('Baseline'), row('KD', Term('KD', .9, 'logits', 'logits', {'T': 4.}), task=.1), row('FitNet', Term('FitNet', 100., hint, hint)),
+            row('AT', Term('AT', 1000., maps, maps)), row('RKD', Term('RKD', 1.)))
+
+_crop_flip = ((pad_crop, {'pad': 4}), (flip, {}))
+_paper = Recipe('cifar100/paper', 'Table 4 of the RKD paper, CIFAR-100 column', 'cifar100', 'resnet50', 'vgg11', _table4('layer5', 'layer4', ('layer3', 'layer4', 'layer5'), ('layer2', 'layer3', 'layer4')),
+                Schedule(200, 128, .1), Schedule(200, 128, .1), (0, 1, 2), together=True, augment=_crop_flip, eval_every=10, source='Park et al. 2019, Table 4, quoted from memory',
+                quoted=(('Baseline', 71.26), ('RKD-D', 72.27), ('RKD-DA', 72.97), ('HKD', 74.26), ('HKD + RKD-DA', 74.66), ('FitNet', 70.81), ('FitNet + RKD-DA', 72.98),
+                        ('Attention', 72.68), ('Attention + RKD-DA', 73.53), ('Teacher', 77.76)))
+_fast = Schedule(20, 128, .1, milestones=(), warmup=2, cosine=True, nesterov=True)
+_benchmark = Schedule(240, 64, .05, milestones=(150, 180, 210), gamma=.1)
+
 RECIPES = {r.name: r for r in (
-    Recipe('digits', 'RKD on handwritten digits, few labelled images', 'digits', teacher='resnet14', student='resnet8x0.5', rows=PAPER_ROWS,
-           schedule=Schedule(120, 50, .05, milestones=(72, 96, 108)), teacher_schedule=Schedule(12, 64, .1, milestones=(6, 9, 11)),
-           seeds=tuple(range(8)), labelled=10, augment=((pad_crop, {'pad': 1}),), eval_every=20),
+    Recipe('digits', 'RKD on handwritten digits, few labelled images', 'digits', 'resnet14', 'resnet8x0.5', PAPER_ROWS, Schedule(120, 50, .05, milestones=(72, 96, 108)),
+           Schedule(12, 64, .1, milestones=(6, 9, 11)), tuple(range(8)), labelled=10, augment=((pad_crop, {'pad': 1}),), eval_every=20),
+    _paper,
+    replace(_paper, name='cifar100/fast', title='the same pair and rows in a tenth of the epochs: warm-up, cosine, Nesterov', schedule=_fast, teacher_schedule=_fast, eval_every=5),
+    Recipe('cifar100/cpu', 'CIFAR-100 on two CPU cores: small pair, four rows, 100 labelled images of each class', 'cifar100', 'resnet20', 'resnet8', _paper.rows[:1] + _paper.rows[2:5], replace(_fast, epochs=12, warmup=1.),
+           replace(_fast, epochs=8, warmup=1.), (0, 1, 2), together=True, labelled=100, augment=_crop_flip, eval_every=4,
+           cut='cifar100/fast with resnet20 -> resnet8, 4 of 9 rows, a fifth of the images for the students, 12 epochs of them, teacher 8 epochs'),
+    Recipe('cifar100/crd', 'CRD benchmark, CIFAR-100, resnet32x4 -> resnet8x4', 'cifar100', 'resnet32x4', 'resnet8x4', _crd(('layer1', 'layer2', 'layer3'), 'layer2', 'layer3'), _benchmark, _benchmark, (0, 1, 2),
+           together=True, augment=_crop_flip, eval_every=10, source='README of RepDistiller', quoted=(('Baseline', 72.50), ('KD', 73.33), ('FitNet', 73.50), ('AT', 73.44), ('RKD', 71.90), ('Teacher', 79.42))),
+    Recipe('cifar100/crd-vgg', 'CRD benchmark, CIFAR-100, vgg13 -> vgg8', 'cifar100', 'vgg13', 'vgg8', _crd(('layer1', 'layer2', 'layer3', 'layer4'), 'layer2', 'layer4'), _benchmark, _benchmark, (0, 1, 2),
+           together=True, augment=_crop_flip, eval_every=10, source='README of RepDistiller', quoted=(('Baseline', 70.36), ('KD', 72.98), ('FitNet', 71.02), ('AT', 71.43), ('RKD', 71.48), ('Teacher', 74.64))),
 )}
 
 def recipe(
@@ -83,27 +113,54 @@ def recipe(
     if name not in RECIPES: raise ValueError(nearest('recipe', name, RECIPES))
     return RECIPES[name]
 
-# %% ../nbs/lab/10_recipes.ipynb #c7107cb3
-def _checkpoint(out, protocol) -> Path: return Path(out) / '.runs' / protocol['recipe'] / f"{slug(protocol['row']['name'])}-seed{protocol['seed']}-{digest(protocol)}.pt"
+# %% ../nbs/lab/10_recipes.ipynb #deef22f4
+@dataclass
+class _Runner:
+    "What all runs of one call share."
+    recipe:Recipe
+    out:object
+    fabric:object
+    data:object
+    stop:Stop
+    progress:bool
+    records:list
+    part_size:int
+    every:float
 
-def _finished(out, protocol):
-    "The (record, weights) of a finished run, or None; a damaged checkpoint is named, and run again."
-    path = _checkpoint(out, protocol)
-    if not path.exists(): return None
-    try:
-        saved = torch.load(path, map_location='cpu', weights_only=True)
-        return saved['record'], saved['model']
-    except Exception as error:
-        warnings.warn(f"checkpoint {path.name} is damaged ({type(error).__name__}); this run is made again")
-        return None
+    def protocol(self, row, seed, stream, **more):
+        r = self.recipe
+        return {'recipe': r.name, 'row': asdict(row), 'seed': seed, 'stream': stream, 'data': self.data.fingerprint, 'augment': [(f.__name__, o) for f, o in r.augment], 'eval_every': r.eval_every,
+                'precision': _precision(self.fabric.device.type), 'teacher': {'network': r.teacher, 'seed': stream, **asdict(r.teacher_schedule)}, 'cut': r.cut, **more}
 
-def _finish(out, protocol, learner, seconds, beside, device):
-    "Write checkpoint, then record."
-    record = make_record(protocol['recipe'], learner.row.name, protocol['seed'], digest(protocol), protocol, learner.epochs, seconds, beside, device)
-    b = io.BytesIO(); torch.save({'record': record, 'model': learner.model.state_dict()}, b)
-    write_atomically(_checkpoint(out, protocol), b.getvalue())
-    write_record(out, record)
-    return record
+    def path(self, protocol, name=None): return Path(self.out) / '.runs' / self.recipe.name / f"{name or slug(protocol['row']['name'])}-seed{protocol['seed']}-{digest(protocol)}.ckpt"
+
+    def network(self, name, seed):
+        net = create(name, len(self.data.classes), self.data.channels, seed).to(self.fabric.device, memory_format=torch.channels_last)
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(net) if self.fabric.world_size > 1 and self.fabric.device.type == 'cuda' else net
+
+    def finished(self, protocol):
+        "The weights of a finished run, its record taken up; None if it is not finished."
+        saved = load_checkpoint(self.path(protocol), digest(protocol))
+        if saved is None: return None
+        if self.fabric.is_global_zero: write_record(self.out, saved['record'])
+        self.records.append(saved['record'])
+        return saved['model']
+
+    def train(self, learners, protocols, schedule, index, stream, label, teacher=None):
+        "Train a group from its checkpoint, if there is one; then write checkpoints and records of its runs."
+        group = {'group': [digest(p) for p in protocols]}
+        saver = Saver(Path(self.out) / '.runs' / self.recipe.name / f'group-{digest(group)}.ckpt', digest(group), self.every, self.part_size)
+        batches = Batches(self.data, schedule.batch_size, stream, index, self.recipe.augment)
+        seconds = fit(learners, batches, schedule.epochs, teacher, self.fabric, self.recipe.eval_every, f'{self.recipe.name} {label}', self.progress, saver, self.stop)
+        for l, p in zip(learners, protocols):
+            record = make_record(self.recipe.name, l.row.name, p['seed'], digest(p), p, l.epochs, seconds, len(learners), schedule.epochs * len(batches) * batches.batch_size, self.fabric.device)
+            if self.fabric.is_global_zero:
+                save_checkpoint(self.path(p), {'record': record, 'model': l.model.state_dict()}, digest(p), self.part_size)
+                write_record(self.out, record)
+            self.records.append(record)
+        if self.fabric.is_global_zero: drop_checkpoint(saver.path)
+
+def _precision(device): return 'bf16-mixed' if device == 'cuda' else '32-true'
 
 # %% ../nbs/lab/10_recipes.ipynb #6efe5191
 def run(
@@ -112,34 +169,30 @@ def run(
     device:str='auto',   # 'auto', 'cpu' or 'cuda'
     progress:bool=False, # show progress bars
     records:list=None,   # records are appended to it as they come, so that an interruption loses none
+    stop:Stop=None,      # asked after every step
+    part_size:int=None,  # bytes of a checkpoint's part at most
+    every:float=60.,     # seconds between checkpoints of what is under way
+    root=None,           # where the data are looked for
 ) -> list: # records of all its runs, those found finished included
-    "Run what is missing of a recipe. Raises ValueError before any training if `out` cannot be written to."
+    "Run what is missing of a recipe. Raises ValueError before any training if `out` cannot be written to, and Stopped at a checkpoint."
     check_writable(out)
-    fabric = make_fabric(device); data = load(recipe.data).to(fabric.device)
-    if records is None: records = []
-    def protocol(row, seed, **more):
-        return {'recipe': recipe.name, 'row': asdict(row), 'seed': seed, 'data': data.fingerprint, 'augment': [(f.__name__, o) for f, o in recipe.augment], 'eval_every': recipe.eval_every,
-                'teacher': {'network': recipe.teacher, **asdict(recipe.teacher_schedule)}, 'cut': recipe.cut, **more}
-    def pick_up(found): write_record(out, found[0]); records.append(found[0]); return found
-    for n, seed in enumerate(recipe.seeds):
-        label = f'{recipe.name} {n + 1}/{len(recipe.seeds)}'
-        of_teacher, of_row = protocol(Row('Teacher'), seed), {r.name: protocol(r, seed, student={'network': recipe.student, 'labelled': recipe.labelled, **asdict(recipe.schedule)}) for r in recipe.rows}
-        teacher = create(recipe.teacher, len(data.classes), data.channels, seed + 1000).to(fabric.device)
-        if found := _finished(out, of_teacher): teacher.load_state_dict(pick_up(found)[1])
-        else:
-            learner = Learner(teacher, Row('Teacher'), recipe.teacher_schedule, seed)
-            seconds = fit([learner], Batches(data, recipe.teacher_schedule.batch_size, seed + 1000, augment=recipe.augment), recipe.teacher_schedule.epochs, fabric=fabric,
-                          eval_every=recipe.eval_every, label=f'{label} teacher', progress=progress)
-            records.append(_finish(out, of_teacher, learner, seconds, 1, fabric.device))
-        found = {r.name: _finished(out, of_row[r.name]) for r in recipe.rows}
-        for f in found.values():
-            if f: pick_up(f)
-        missing = [r for r in recipe.rows if not found[r.name]]
+    fabric = make_fabric(device, _precision('cuda' if device == 'cuda' or device == 'auto' and torch.cuda.is_available() else 'cpu')); records = [] if records is None else records
+    environment(fabric.device)                                            # remembered as it is now: code on disk may change under a long run
+    me = _Runner(recipe, out, fabric, load(recipe.data, root).to(fabric.device), stop, progress, records, part_size, every)
+    groups = [recipe.seeds] if recipe.together else [(s,) for s in recipe.seeds]
+    for n, seeds in enumerate(groups):
+        stream, label = 0 if recipe.together else seeds[0], f'{n + 1}/{len(groups)} ' if len(groups) > 1 else ''
+        teacher, of_teacher = me.network(recipe.teacher, stream + 1000), me.protocol(Row('Teacher'), stream, stream)
+        if weights := me.finished(of_teacher): teacher.load_state_dict(weights)
+        else: me.train([Learner(teacher, Row('Teacher'), recipe.teacher_schedule, stream)], [of_teacher], recipe.teacher_schedule, None, stream + 1000, f'{label}teacher')
+        missing = []
+        for seed, row in ((s, r) for s in seeds for r in recipe.rows):
+            protocol = me.protocol(row, seed, stream, student={'network': recipe.student, 'labelled': recipe.labelled, **asdict(recipe.schedule)})
+            if not me.finished(protocol): missing.append((seed, row, protocol))
         if not missing: continue
-        index = few_per_class(data.train_labels, recipe.labelled, seed) if recipe.labelled else None
-        learners = [Learner(create(recipe.student, len(data.classes), data.channels, seed).to(fabric.device), r, recipe.schedule, seed) for r in missing]
-        seconds = fit(learners, Batches(data, recipe.schedule.batch_size, seed, index, recipe.augment), recipe.schedule.epochs, teacher, fabric, recipe.eval_every, f'{label} {len(learners)} students', progress)
-        records += [_finish(out, of_row[l.row.name], l, seconds, len(learners), fabric.device) for l in learners]
+        index = few_per_class(me.data.train_labels, recipe.labelled, stream) if recipe.labelled else None
+        learners = [Learner(me.network(recipe.student, seed), row, recipe.schedule, seed) for seed, row, _ in missing]
+        me.train(learners, [p for _, _, p in missing], recipe.schedule, index, stream, f'{label}{len(learners)} students', teacher)
     return records
 
 # %% ../nbs/lab/10_recipes.ipynb #cd7dbbd1
@@ -151,13 +204,12 @@ def summary(
     from relkd.plots import rows_figure
     records = load_records(out, recipe.name); baseline = recipe.rows[0].name
     names = [*recipe.row_names, *sorted({r['row'] for r in records} - set(recipe.row_names))]
-    paper = {r.name: r.paper for r in recipe.rows if r.paper is not None}
     for name in names:
         made = {}                                                        # protocol without the seed -> seeds
         for r in records:
-            if r['row'] == name: made.setdefault(digest({k: v for k, v in r['protocol'].items() if k != 'seed'}), []).append(r['seed'])
+            if r['row'] == name: made.setdefault(digest({k: v for k, v in r['protocol'].items() if k not in ('seed', 'stream', 'teacher')}), []).append(r['seed'])
         if len(made) > 1: raise ValueError(f"records of row {name!r} come from different protocols (seeds {' / '.join(map(str, made.values()))}): run the recipe to its end, or remove the old ones")
-    frame = table(records, names, baseline, paper)
+    frame = table(records, names, baseline, dict(recipe.quoted))
     return frame, rows_figure(records, frame, baseline, recipe.title + (f'\ncut down: {recipe.cut}' if recipe.cut else ''))
 
 def draw(
