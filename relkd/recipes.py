@@ -39,6 +39,9 @@ class Recipe:
     cut:str=''                  # in words, what was cut down
 
     @property
+    def runs(self) -> int: return len(self.rows) * len(self.seeds) + (1 if self.together else len(self.seeds))      # teachers included
+
+    @property
     def row_names(self) -> list: return [*(r.name for r in self.rows), 'Teacher']
 
     def reduced(self,

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_atomically', 'check_writable', 'BadCheckpoint', 'save_checkpoint', 'read_checkpoint', 'load_checkpoint',
            'drop_checkpoint', 'environment', 'digest', 'slug', 'make_record', 'record_path', 'write_record',
-           'load_records', 'table', 'as_text']
+           'load_records', 'table', 'as_text', 'to_tensorboard']
 
 # %% ../nbs/lab/05_records.ipynb #411ec951
 import glob
@@ -210,3 +210,18 @@ def as_text(
         paper = '' if 'paper' not in frame or v['paper'] is None or math.isnan(v['paper']) else f"{v['paper']:>8.2f}"
         lines.append(f"{row:16}{int(v['seeds']):>6}{format(v['last'], '.2f') + spread:>16}{diff:>32}{v['best']:>12.2f}{paper}")
     return '\n'.join(lines)
+
+# %% ../nbs/lab/05_records.ipynb #c4a068b8
+def to_tensorboard(
+    records:list,   # of dictionaries
+    folder,         # one sub-folder a run
+) -> int: # how many. Raises ValueError if the package tensorboard is missing
+    "Loss and test accuracy of every run as TensorBoard event files."
+    try: from torch.utils.tensorboard import SummaryWriter
+    except ImportError: raise ValueError("event files need the package tensorboard: pip install tensorboard") from None
+    for r in records:
+        with SummaryWriter(str(Path(folder) / slug(r['recipe']) / f"{slug(r['row'])}-seed{r['seed']}")) as w:
+            for e in r['epochs']:
+                for k in ('loss', 'accuracy'):
+                    if e.get(k) is not None: w.add_scalar(k, e[k], e['epoch'])
+    return len(records)

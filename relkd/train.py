@@ -248,8 +248,8 @@ def fit(
         if read is None: return {}
         with torch.no_grad(), fabric.autocast(): return read(x)
 
-    _, example, _ = next(batches.epoch(0))
-    for l in learners: l.build(example[:2], look(example[:2])); l.model.train()
+    example = next(batches.epoch(0))[1][:2]; of_teacher = look(example)   # for the shapes
+    for l in learners: l.build(example, of_teacher); l.model.train()
     first = max(l.row.first_epochs for l in learners)                     # epochs -first .. -1 are first stages
     epoch, done, seconds, start = -first, 0, 0., time.perf_counter()
     if saver and (state := saver.load()):

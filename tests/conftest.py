@@ -3,9 +3,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+settings.register_profile("relkd", derandomize=True, deadline=None)      # the same examples in every run
+settings.load_profile("relkd")
 
 
 def pytest_addoption(parser):
