@@ -59,7 +59,8 @@ class _Images:
     def to(self, device):
         "The same data on `device`; fingerprint and statistics that are known stay known."
         moved = replace(self, **{name: getattr(self, name).to(device) for name in self._tensors})
-        moved.__dict__.update({k: self.__dict__[k] for k in ('fingerprint', 'mean_std') if k in self.__dict__})
+        if 'fingerprint' in self.__dict__: moved.__dict__['fingerprint'] = self.fingerprint
+        moved.__dict__['mean_std'] = tuple(m.to(device) for m in self.mean_std)          # beside the images: no copy in a training step
         return moved
 
     def normalise(self,

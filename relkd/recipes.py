@@ -210,7 +210,9 @@ def summary(
     for name in names:
         made = {}                                                        # protocol without the seed -> seeds
         for r in records:
-            if r['row'] == name: made.setdefault(digest({k: v for k, v in r['protocol'].items() if k not in ('seed', 'stream', 'teacher')}), []).append(r['seed'])
+            if r['row'] == name:
+                p = {**r['protocol'], 'teacher': {**r['protocol'].get('teacher', {}), 'seed': None}}
+                made.setdefault(digest({k: v for k, v in p.items() if k not in ('seed', 'stream')}), []).append(r['seed'])
         if len(made) > 1: raise ValueError(f"records of row {name!r} come from different protocols (seeds {' / '.join(map(str, made.values()))}): run the recipe to its end, or remove the old ones")
     frame = table(records, names, baseline, dict(recipe.quoted))
     return frame, rows_figure(records, frame, baseline, recipe.title + (f'\ncut down: {recipe.cut}' if recipe.cut else ''))
