@@ -5,7 +5,9 @@
 # %% auto #0
 __all__ = ['rows_figure', 'curves_figure', 'save_figure']
 
-# %% ../nbs/lab/09_plots.ipynb #25c6da84
+# %% ../nbs/lab/09_plots.ipynb #216c3b86
+from textwrap import fill
+
 import numpy as np
 
 # %% ../nbs/lab/09_plots.ipynb #d28f38d2
@@ -35,7 +37,7 @@ def rows_figure(
     left.set_yticks(range(len(rows)), rows); left.invert_yaxis()
     left.set_xlabel('test accuracy, last epoch (%)\ndots: seeds; bar: standard deviation'); right.set_xlabel(f'difference to {baseline} of the same seed (points)\nbar: 95 % interval of the mean')
     for ax in (left, right): ax.grid(axis='x', color='0.9'); ax.set_axisbelow(True); sns.despine(ax=ax, left=True); ax.tick_params(axis='y', length=0)
-    if title: fig.suptitle(title, fontsize=11)
+    if title: fig.suptitle('\n'.join(fill(line, 110) for line in title.splitlines()), fontsize=11)
     fig.set_layout_engine('tight')
     return fig
 
