@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from .data import Batches, few_per_class, flip, load, nearest, pad_crop
-from .distill import HKD, PAPER_ROWS, RKD_A, RKD_D, Row, Term
+from .distill import HKD, PAPER_ROWS, RKD_A, RKD_D, Objective, Row, Term
+from .features import Features
 from .models import create
 from .records import check_writable, digest, drop_checkpoint, environment, load_checkpoint, load_records, make_record, save_checkpoint, slug, table, write_atomically, write_record
 from .train import Learner, Saver, Schedule, Stop, fit, make_fabric
@@ -182,6 +183,8 @@ def run(
     fabric = make_fabric(device, _precision('cuda' if device == 'cuda' or device == 'auto' and torch.cuda.is_available() else 'cpu')); records = [] if records is None else records
     environment(fabric.device)                                            # remembered as it is now: code on disk may change under a long run
     me = _Runner(recipe, out, fabric, load(recipe.data, root).to(fabric.device), stop, progress, records, part_size, every)
+    objectives = [Objective(r) for r in recipe.rows]                      # a layer that does not exist is said now, not after hours
+    Features(me.network(recipe.student, 0), [n for o in objectives for n in o.student_layers]); Features(me.network(recipe.teacher, 0), [n for o in objectives for n in o.teacher_layers])
     groups = [recipe.seeds] if recipe.together else [(s,) for s in recipe.seeds]
     for n, seeds in enumerate(groups):
         stream, label = 0 if recipe.together else seeds[0], f'{n + 1}/{len(groups)} ' if len(groups) > 1 else ''

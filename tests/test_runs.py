@@ -322,6 +322,25 @@ def test_recipes_build_and_every_layer_that_they_name_exists():
             Features(create(r.teacher, 10, 3), l.objective.teacher_layers)
 
 
+@pytest.mark.parametrize("side, near", [("student", "layer of ResNetCifar 'layer5'"), ("teacher", "layer of ResNetCifar 'layer5'")])
+def test_a_recipe_with_a_layer_that_does_not_exist_is_refused_before_any_training(tmp_path, side, near):
+    from dataclasses import replace
+
+    from relkd.recipes import recipe, run
+
+    r = recipe("digits")
+    wrong = replace(r, rows=(*r.rows, Row("wrong", (Term("RKD", 1., **{side: "layer5"}),))))
+    with pytest.raises(ValueError, match=near):
+        run(wrong, tmp_path, "cpu")
+    assert not list(tmp_path.glob("records/**/*.json"))
+
+
+def test_a_batch_too_small_for_a_relation_is_one_clear_line():
+    l = Learner(create("resnet8", 10, 1), PAPER_ROWS[2], Schedule(1, 2))
+    with pytest.raises(ValueError, match="RKDAngle needs at least 3 samples in a batch; got N = 2"):
+        fit([l], Batches(load("digits"), 2, 0, torch.arange(4)), 1, create("resnet8", 10, 1))
+
+
 @pytest.mark.parametrize("name", ["cifar100/paper", "cifar100/crd-vgg"])
 def test_every_row_of_a_cifar_recipe_takes_a_step(name):
     from relkd.data import Dataset
