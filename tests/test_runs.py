@@ -357,3 +357,17 @@ def test_every_row_of_a_cifar_recipe_takes_a_step(name):
     learners = [Learner(create(student, 10), row, replace(r.schedule, epochs=1, batch_size=12)) for row in rows]
     fit(learners, Batches(Dataset("x", x, y, x[:8], y[:8], tuple(range(10))), 12, 0), 1, create(teacher, 10))
     assert all(l.epochs[0]["loss"] is not None for l in learners)
+
+
+def test_bf16_autocast_trains_and_relations_stay_in_float32():
+    from relkd.train import make_fabric
+
+    seen = []
+    learner = Learner(create("resnet8x0.5", 10, 1), PAPER_ROWS[4], Schedule(2, 50, .05, milestones=()))
+    learner.model.fc.register_forward_pre_hook(lambda m, a: seen.append(a[0].dtype))
+    fabric = make_fabric("cpu", "bf16-mixed")
+    fit([learner], Batches(load("digits"), 50, 0, torch.arange(200)), 2, create("resnet8", 10, 1), fabric)
+    assert torch.bfloat16 in seen and learner.model.fc.weight.dtype == torch.float32
+    assert learner.epochs[-1]["loss"] < learner.epochs[0]["loss"]
+    with fabric.autocast():
+        assert PAPER_ROWS[2].terms[1].build()(torch.randn(8, 4).bfloat16(), torch.randn(8, 4)).dtype == torch.float32
