@@ -26,7 +26,9 @@ $(READY): settings.ini setup.py
 	@if command -v uv >/dev/null 2>&1; then uv pip install -q --python $(BIN)/python --compile-bytecode -e '.[dev]'; \
 	 elif $(BIN)/python -m uv --version >/dev/null 2>&1; then $(BIN)/python -m uv pip install -q --python $(BIN)/python --compile-bytecode -e '.[dev]'; \
 	 else $(BIN)/python -m pip install --disable-pip-version-check -e '.[dev]'; fi
-	@if git rev-parse --git-dir >/dev/null 2>&1; then $(BIN)/nbdev_install_hooks >/dev/null; fi
+	@if [ -d .git ]; then $(BIN)/nbdev_install_hooks >/dev/null && \
+	   sed -i.old 's#^nbdev_trust#[ ! -x $(BIN)/nbdev_trust ] || $(BIN)/nbdev_trust#' .git/hooks/post-merge && sed -i.old 's#driver = nbdev_merge#driver = $(BIN)/nbdev_merge#' .gitconfig && \
+	   rm -f .git/hooks/post-merge.old .gitconfig.old; fi
 	@touch $@
 
 demo: $(READY)  ## teach students on real digits: table, figure and one record a run, in figures/
