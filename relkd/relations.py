@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['full_precision', 'as_points', 'differences', 'unit_differences', 'angles', 'pdist', 'cosine_similarity_matrix',
-           'as_pair']
+           'as_pair', 'as_map_pairs']
 
 # %% ../nbs/00_relations.ipynb #f8264113
 import torch
@@ -99,3 +99,32 @@ def as_pair(
     if ns != nt: raise ValueError(f"{loss} needs student and teacher embeddings of the same samples; got N = {ns} and N = {nt}")
     if ns < least: raise ValueError(f"{loss} needs at least {least} samples in a batch; got N = {ns}: use a larger batch, or drop_last=True")
     return pair[0], pair[1].detach()
+
+# %% ../nbs/00_relations.ipynb #15cafcf4
+def as_map_pairs(
+    student,               # (N, C_S, H_S, W_S), or a list of such maps, one a layer
+    teacher,               # (N, C_T, H_T, W_T), or a list of as many
+    loss:str,              # its name, for errors
+    embeddings:bool=False, # whether a layer may also be (N, D), in both networks
+) -> list: # of pairs (student, teacher): one dtype, float32 at least; one height and width, the smaller; the teacher detached
+    "The layers of a map loss, checked and brought to one size. Raises ValueError on wrong dimensions, and on layers or samples that differ in number."
+    layers, shapes = [], '(N, C, H, W) or (N, D)' if embeddings else '(N, C, H, W)'
+    for name, maps in (('student', student), ('teacher', teacher)):
+        layers.append(list(maps) if isinstance(maps, (list, tuple)) else [maps])
+        for f in layers[-1]:
+            given = f"{tuple(f.shape)}, {f.dtype}" if isinstance(f, torch.Tensor) else type(f).__name__
+            if not (isinstance(f, torch.Tensor) and f.is_floating_point() and (f.dim() == 4 or embeddings and f.dim() == 2)):
+                raise ValueError(f"{loss} needs {name} maps of shape {shapes}, floating point; got {given}" + ('' if embeddings else ': take a layer before the pooling'))
+    ns, nt = map(len, layers)
+    if ns != nt or not ns: raise ValueError(f"{loss} needs as many layers of the teacher as of the student, at least one; got {ns} of the student and {nt} of the teacher")
+    pairs = []
+    for s, t in zip(*layers):
+        if s.dim() != t.dim() or len(s) != len(t) or 0 in s.shape + t.shape:
+            raise ValueError(f"{loss} needs student and teacher maps of the same samples, none empty; got {tuple(s.shape)} and {tuple(t.shape)}")
+        dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
+        s, t = s.to(dtype), t.detach().to(dtype)
+        if s.shape[2:] != t.shape[2:]:
+            size = [min(a, b) for a, b in zip(s.shape[2:], t.shape[2:])]
+            with full_precision(s): s, t = F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size)
+        pairs.append((s, t))
+    return pairs

@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['attention', 'AT']
 
-# %% ../../nbs/losses/03_at.ipynb #69310fa3
+# %% ../../nbs/losses/03_at.ipynb #d91ff7b1
 import torch
 from torch import nn
 import torch.nn.functional as F
 
-from .fitnet import as_map_pairs
-from ..relations import full_precision
+from ..relations import as_map_pairs, full_precision
 
 # %% ../../nbs/losses/03_at.ipynb #da561067
 def attention(
