@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import relkd.losses as losses
 from .data import nearest
 
-# %% ../nbs/lab/03_distill.ipynb #fae0f3fc
+# %% ../nbs/lab/03_distill.ipynb #f26b1dee
 @dataclass(frozen=True)
 class Term:
     "One summand of a method: `weight` times the loss of that name, between a layer of the student and a layer of the teacher."
@@ -29,12 +29,14 @@ class Term:
     def build(self,
         student=None, # an example of what the loss will be given, a tensor or a list of them: for a loss whose trainable parts have shapes
         teacher=None, # likewise
+        samples:int=None, # how many training samples there are: for a loss that remembers each of them
     ) -> nn.Module: # with its own trainable parts, if it has any
         "The loss. Raises ValueError for an unknown name, naming the nearest."
         if self.loss not in losses.__all__: raise ValueError(nearest('loss', self.loss, losses.__all__))
         cls = getattr(losses, self.loss)
-        if hasattr(cls, 'from_features') and student is not None: return cls.from_features(student, teacher, **self.options)
-        return cls(**self.options)
+        if not hasattr(cls, 'from_features') or student is None: return cls(**self.options)
+        more = {'samples': samples} if 'samples' in inspect.signature(cls.from_features).parameters else {}
+        return cls.from_features(student, teacher, **more, **self.options)
 
     def __str__(self):
         inside = ', '.join(f'{k}={v}' for k, v in self.options.items())
@@ -67,7 +69,7 @@ PAPER_ROWS = (
     Row('HKD + RKD-DA', (HKD, RKD_D, RKD_A)),
 )
 
-# %% ../nbs/lab/03_distill.ipynb #3e030acb
+# %% ../nbs/lab/03_distill.ipynb #ea1e65b5
 def _names(layer): return (layer,) if isinstance(layer, str) else tuple(layer)
 def _pick(features, layer): return features[layer] if isinstance(layer, str) else [features[n] for n in layer]
 def _all(layers): return tuple(dict.fromkeys(n for l in layers for n in _names(l)))
@@ -85,10 +87,11 @@ class Objective(nn.Module):
     def build(self,
         student:dict, # layer -> tensor, of one example batch
         teacher:dict, # layer -> tensor, of the same batch
+        samples:int=None, # how many training samples there are
     ) -> 'Objective': # itself
         "Make the losses; equal terms of both stages share one."
         for term in (*self.row.terms, *self.row.first):
-            if self._key(term) not in self.losses: self.losses[self._key(term)] = term.build(_pick(student, term.student), _pick(teacher, term.teacher))
+            if self._key(term) not in self.losses: self.losses[self._key(term)] = term.build(_pick(student, term.student), _pick(teacher, term.teacher), samples)
         return self
 
     def _key(self, term): return f'{[*self.row.terms, *self.row.first].index(term)}-{term.loss}'
@@ -97,7 +100,7 @@ class Objective(nn.Module):
         student:dict,              # layer -> tensor, of the student
         teacher:dict,              # layer -> tensor, of the teacher; empty if no term reads it
         labels:torch.Tensor,       # (B,)
-        index:torch.Tensor=None,   # (B,) which training samples these are
+        index:torch.Tensor=None,   # (B,) which of the training samples these are, from 0 to samples - 1
         first:bool=False,          # the first stage?
     ) -> torch.Tensor: # 0-dim
         total = 0. if first else self.row.task * F.cross_entropy(student['logits'].float(), labels)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from relkd.losses.at import AT, attention
-from relkd.losses.fitnet import FitNet, as_map_pairs
+from relkd.losses.fitnet import FitNet
+from relkd.relations import as_map_pairs
 
 many = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
