@@ -76,17 +76,21 @@ class Recipe:
                  *((f'row {r.name}', str(r)) for r in self.rows), *((('cut down', self.cut),) if self.cut else ())]
         return '\n'.join(f'{k:22} {v}' for k, v in lines)
 
-# %% ../nbs/lab/10_recipes.ipynb #29875043
+# %% ../nbs/lab/10_recipes.ipynb #f812dcd6
 def _table4(student_last, teacher_last, student_three, teacher_three):
     fitnet = Term('FitNet', 100., student_last, teacher_last)
     attention = Term('AT', 25., student_three, teacher_three)
     return (Row('Baseline'), Row('RKD-D', (RKD_D,)), Row('RKD-DA', (RKD_D, RKD_A)), Row('HKD', (HKD,)), Row('HKD + RKD-DA', (HKD, RKD_D, RKD_A)),
             Row('FitNet', (fitnet,)), Row('FitNet + RKD-DA', (fitnet, RKD_D, RKD_A)), Row('Attention', (attention,)), Row('Attention + RKD-DA', (attention, RKD_D, RKD_A)))
 
-def _crd(maps, hint):                                                   # the benchmark's feat[1:-1] and feat[2]
-    def row(name, *terms, task=1.): return Row(name, terms, task)
-    return (row('Baseline'), row('KD', Term('KD', .9, 'logits', 'logits', {'T': 4.}), task=.1), row('FitNet', Term('FitNet', 100., hint, hint)),
-            row('AT', Term('AT', 1000., maps, maps)), row('RKD', Term('RKD', 1.)))
+def _crd(stem, maps, hint, **options):                                  # the benchmark's feat[0], feat[1:-1] and feat[2]; its feat[-2] is the last of the maps, its feat[-1] the embedding
+    last, before = maps[-1], tuple(f'{m}.relu:input' for m in maps)
+    def row(name, weight, layers='fc:input', first_epochs=0, **o): return Row(name, (Term(name, weight, layers, layers, {**o, **options.get(name, {})}),), first_epochs=first_epochs)
+    def early(r): return Row(r.name, (), first=r.terms, first_epochs=30)
+    factor = row('FT', 200., last, 30, compare='attention', batchnorm='translator')
+    return (Row('Baseline'), Row('KD', (Term('KD', .9, 'logits', 'logits', {'T': 4.}),), task=.1), row('FitNet', 100., hint), row('AT', 1000., maps), row('SP', 3000., last), row('CC', 100.), row('VID', 1., maps),
+            row('RKD', 1.), row('PKT', 30000.), early(row('AB', 1., before)), replace(factor, first=(replace(factor.terms[0], weight=1.),)), early(row('FSP', 1., (stem, *maps), pool='avg', reduction='mean')), row('NST', 50., maps),
+            row('CRD', .8, classes=True), row('OFD', 1., before))
 
 _crop_flip = ((pad_crop, {'pad': 4}), (flip, {}))
 _paper = Recipe('cifar100/paper', 'Table 4 of the RKD paper, CIFAR-100 column', 'cifar100', 'resnet50', 'vgg11', _table4('layer5', 'layer4', ('layer3', 'layer4', 'layer5'), ('layer2', 'layer3', 'layer4')),
@@ -96,18 +100,28 @@ _paper = Recipe('cifar100/paper', 'Table 4 of the RKD paper, CIFAR-100 column', 
 _fast = Schedule(20, 128, .1, milestones=(), warmup=2, cosine=True, nesterov=True)
 _benchmark = Schedule(240, 64, .05, milestones=(150, 180, 210), gamma=.1)
 
+_EQUAL_PULL = {'KD': .4, 'FitNet': 2.7, 'AT': 7.3, 'SP': 270., 'CC': 27., 'VID': 110., 'RKD': .16, 'PKT': 11000., 'FT': 2.2, 'NST': 6.1, 'CRD': .43, 'OFD': 3.2}    # measured in losses/20_zoo
+def _balanced(rows): return rows[:1] + tuple(replace(r, task=1., terms=(replace(r.terms[0], weight=_EQUAL_PULL[r.name]),)) for r in rows[1:] if r.name in _EQUAL_PULL)
+
+_digits = Recipe('digits', 'RKD on handwritten digits, few labelled images', 'digits', 'resnet14', 'resnet8x0.5', PAPER_ROWS, Schedule(120, 50, .05, milestones=(72, 96, 108)),
+                 Schedule(12, 64, .1, milestones=(6, 9, 11)), tuple(range(8)), labelled=10, augment=((pad_crop, {'pad': 1}),), eval_every=20)
+
 RECIPES = {r.name: r for r in (
-    Recipe('digits', 'RKD on handwritten digits, few labelled images', 'digits', 'resnet14', 'resnet8x0.5', PAPER_ROWS, Schedule(120, 50, .05, milestones=(72, 96, 108)),
-           Schedule(12, 64, .1, milestones=(6, 9, 11)), tuple(range(8)), labelled=10, augment=((pad_crop, {'pad': 1}),), eval_every=20),
+    _digits,
+    replace(_digits, name='digits/losses', title='all fourteen losses on handwritten digits, with the weights of the CRD benchmark', student='resnet8', rows=_crd('relu', ('layer1', 'layer2', 'layer3'), 'layer2', CRD={'negatives': 64})),
+    replace(_digits, name='digits/balanced', title='the same losses, each pulling as hard as the cross-entropy at the start', student='resnet8',
+            rows=_balanced(_crd('relu', ('layer1', 'layer2', 'layer3'), 'layer2', CRD={'negatives': 64}))),
     _paper,
     replace(_paper, name='cifar100/fast', title='the same pair and rows in a tenth of the epochs: warm-up, cosine, Nesterov', schedule=_fast, teacher_schedule=_fast, eval_every=5),
     Recipe('cifar100/cpu', 'CIFAR-100 on two CPU cores: small pair, four rows, 100 labelled images of each class', 'cifar100', 'resnet20', 'resnet8', _paper.rows[:1] + _paper.rows[2:5], replace(_fast, epochs=12, warmup=1.),
            replace(_fast, epochs=8, warmup=1.), (0, 1, 2), together=True, labelled=100, augment=_crop_flip, eval_every=4,
            cut='cifar100/fast with resnet20 -> resnet8, 4 of 9 rows, a fifth of the images for the students, 12 epochs of them, teacher 8 epochs'),
-    Recipe('cifar100/crd', 'CRD benchmark, CIFAR-100, resnet32x4 -> resnet8x4', 'cifar100', 'resnet32x4', 'resnet8x4', _crd(('layer1', 'layer2', 'layer3'), 'layer2'), _benchmark, _benchmark, (0, 1, 2),
-           together=True, augment=_crop_flip, eval_every=10, source='README of RepDistiller', quoted=(('Baseline', 72.50), ('KD', 73.33), ('FitNet', 73.50), ('AT', 73.44), ('RKD', 71.90), ('Teacher', 79.42))),
-    Recipe('cifar100/crd-vgg', 'CRD benchmark, CIFAR-100, vgg13 -> vgg8', 'cifar100', 'vgg13', 'vgg8', _crd(('layer2', 'layer3', 'layer4', 'layer5'), 'layer3'), _benchmark, _benchmark, (0, 1, 2),
-           together=True, augment=_crop_flip, eval_every=10, source='README of RepDistiller', quoted=(('Baseline', 70.36), ('KD', 72.98), ('FitNet', 71.02), ('AT', 71.43), ('RKD', 71.48), ('Teacher', 74.64))),
+    Recipe('cifar100/crd', 'CRD benchmark, CIFAR-100, resnet32x4 -> resnet8x4', 'cifar100', 'resnet32x4', 'resnet8x4', _crd('relu', ('layer1', 'layer2', 'layer3'), 'layer2'), _benchmark, _benchmark, (0, 1, 2),
+           together=True, augment=_crop_flip, eval_every=10, source='README of RepDistiller', quoted=(('Baseline', 72.50), ('KD', 73.33), ('FitNet', 73.50), ('AT', 73.44), ('SP', 72.94), ('VID', 73.09), ('RKD', 71.90), ('PKT', 73.64), ('AB', 73.17), ('FT', 72.86), ('FSP', 72.62),
+                                                                                                  ('NST', 73.30), ('CRD', 75.51), ('Teacher', 79.42))),
+    Recipe('cifar100/crd-vgg', 'CRD benchmark, CIFAR-100, vgg13 -> vgg8', 'cifar100', 'vgg13', 'vgg8', _crd('layer1', ('layer2', 'layer3', 'layer4', 'layer5'), 'layer3'), _benchmark, _benchmark, (0, 1, 2),
+           together=True, augment=_crop_flip, eval_every=10, source='README of RepDistiller', quoted=(('Baseline', 70.36), ('KD', 72.98), ('FitNet', 71.02), ('AT', 71.43), ('SP', 72.68), ('VID', 71.23), ('RKD', 71.48), ('PKT', 72.88), ('AB', 70.94), ('FT', 70.58), ('FSP', 70.23),
+                                                                                                  ('NST', 71.53), ('CRD', 73.94), ('Teacher', 74.64))),
 )}
 
 def recipe(

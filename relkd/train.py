@@ -82,7 +82,7 @@ class Schedule:
         course = f'warm-up {self.warmup:g}, cosine' if self.cosine else f'times {self.gamma:g} at {", ".join(map(str, self.milestones)) or "no epoch"}'
         return f'{self.epochs} epochs, batch {self.batch_size}, SGD {self.lr:g} (momentum {self.momentum:g}{" Nesterov" if self.nesterov else ""}, decay {self.weight_decay:g}), {course}'
 
-# %% ../nbs/lab/04_train.ipynb #eaeb68e2
+# %% ../nbs/lab/04_train.ipynb #e89a5a8c
 class Learner:
     "A network in training with its objective, optimiser and schedule. Equal seeds give equal results, alone or beside others."
     def __init__(self,
@@ -99,13 +99,13 @@ class Learner:
     def build(self,
         x:torch.Tensor,  # example images
         teacher:dict,    # layer -> tensor for them
-        samples:int=None, # how many training samples there are
+        labels=None,     # (n,) of all training samples
     ):
         "Make the losses with their trainable parts, and the optimiser of the first stage or of the only one."
         was_training = self.model.training; self.model.eval()
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.seed)
-            self.objective.build(self.read(x), teacher, samples).to(x.device)
+            self.objective.build(self.read(x), teacher, labels).to(x.device)
         self.model.train(was_training); self._new_optimiser()
 
     def _new_optimiser(self):
@@ -225,7 +225,7 @@ def asked_by_any(
     if fabric.world_size == 1: return due
     return end_of_epoch and fabric.all_reduce(torch.tensor(float(due), device=fabric.device), reduce_op='sum').item() > 0
 
-# %% ../nbs/lab/04_train.ipynb #cde2f4c5
+# %% ../nbs/lab/04_train.ipynb #e21291f8
 def fit(
     learners:list,          # of Learner
     batches,                # Batches; its data also give the test images
@@ -250,7 +250,7 @@ def fit(
         with torch.no_grad(), fabric.autocast(): return read(x)
 
     example = next(batches.epoch(0))[1][:2]; of_teacher = look(example)   # for the shapes
-    for l in learners: l.build(example, of_teacher, len(batches.index)); l.model.train()
+    for l in learners: l.build(example, of_teacher, batches.data.train_labels[batches.index]); l.model.train()
     place = torch.zeros(int(batches.index.max()) + 1, dtype=torch.long, device=batches.index.device)
     place[batches.index] = torch.arange(len(batches.index), device=place.device)    # of each sample among those that are used
     first = max(l.row.first_epochs for l in learners)                     # epochs -first .. -1 are first stages

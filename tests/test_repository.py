@@ -61,8 +61,11 @@ def test_every_loss_notebook_is_exported_by_the_package():
 
     import relkd.losses
 
+    from torch import nn
+
     for module in (ROOT / "relkd" / "losses").glob("[a-z]*.py"):
-        names = [n for n in importlib.import_module(f"relkd.losses.{module.stem}").__all__ if n[0].isupper()]
+        code = importlib.import_module(f"relkd.losses.{module.stem}")
+        names = [n for n in code.__all__ if isinstance(getattr(code, n), type) and issubclass(getattr(code, n), nn.Module)]
         assert set(names) <= set(relkd.losses.__all__), f"name {module.stem} in nbs/losses/index.ipynb"
 
 

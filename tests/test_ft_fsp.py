@@ -1,0 +1,511 @@
+"""FT and FSP: values and gradients of other code, the stages, what the losses ignore, precision, errors."""
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from relkd.losses.at import AT, attention
+from relkd.losses.fsp import FSP, flow_matrix
+from relkd.losses.ft import FT, FTShortcut, Paraphraser, Translator, unit_factor
+
+many = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+TOLERANCES = [(torch.float32, 5e-6), (torch.float64, 1e-12)]
+
+
+def gen(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=gen(seed), dtype=dtype)
+
+
+def ft(*args, seed=0, dtype=torch.float32, **options):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return FT(*args, **options).to(dtype)
+
+
+def value_and_gradients(f, *inputs):
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    value = f(*inputs)
+    return value.detach(), torch.autograd.grad(value, inputs)
+
+
+def assert_same(mine, theirs, tolerance):
+    (a, ga), (b, gb) = mine, theirs
+    assert abs(a - b) <= tolerance * abs(b)
+    for x, y in zip(ga, gb):
+        assert (x - y).abs().max() <= 10 * tolerance * y.abs().max()
+
+
+def chain(n=3, sizes=((3, 4), (4, 4), (5, 2)), seed=0, dtype=torch.float32):
+    return [randn(n, c, k, k, seed=seed + i, dtype=dtype) for i, (c, k) in enumerate(sizes)]
+
+
+# ---- FT against torchdistill, whose auxiliary networks take our weights as they are
+
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
+@pytest.mark.parametrize("p, reduction", [(1, "mean"), (2, "norm")])
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_ft_is_torchdistills_with_the_same_weights(dtype, tolerance, p, reduction, batchnorm):
+    """torchdistill takes the mean for p = 1 and a length for every other p: 'mean' and 'norm' here."""
+    from torchdistill.losses.mid_level import FTLoss
+    from torchdistill.models.wrapper import Paraphraser4FactorTransfer, Translator4FactorTransfer
+
+    loss = ft(3, 8, p=p, reduction=reduction, batchnorm=batchnorm, dtype=dtype)
+    paraphraser, translator = Paraphraser4FactorTransfer(.5, 8, uses_bn=batchnorm).to(dtype), Translator4FactorTransfer(3, 4, uses_bn=batchnorm).to(dtype)
+    paraphraser.load_state_dict(loss.paraphrasers[0].state_dict())
+    translator.load_state_dict(loss.translators[0].state_dict())
+    paraphraser.eval()
+    s, t = randn(4, 3, 5, 4, dtype=dtype), randn(4, 8, 5, 4, seed=1, dtype=dtype)
+    theirs = lambda s: FTLoss(p=p)({"translator": {"output": translator(s)}}, {"paraphraser": {"output": paraphraser.encoder(t).detach()}})
+    assert_same(value_and_gradients(lambda s: loss(s, t), s), value_and_gradients(theirs, s), tolerance)
+    loss(s, t).backward()
+    theirs(s).backward()
+    for a, b in zip(loss.translators[0].parameters(), translator.parameters()):
+        assert (a.grad - b.grad).abs().max() <= 20 * tolerance * max(1., b.grad.abs().max())
+
+
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
+@pytest.mark.parametrize("reconstruction, other", [("l1", F.l1_loss), ("l2", F.mse_loss)])
+def test_prepare_is_torchdistills_reconstruction(dtype, tolerance, reconstruction, other):
+    from torchdistill.models.wrapper import Paraphraser4FactorTransfer
+
+    loss = ft(3, 8, reconstruction=reconstruction, batchnorm=True, dtype=dtype)
+    theirs = Paraphraser4FactorTransfer(.5, 8).to(dtype)
+    theirs.load_state_dict(loss.paraphrasers[0].state_dict())
+    s, t = randn(4, 3, 5, 4, dtype=dtype), randn(4, 8, 5, 4, seed=1, dtype=dtype)
+    mine, expected = loss.prepare(s, t), other(theirs(t), t)
+    torch.testing.assert_close(mine, expected, rtol=tolerance, atol=0)
+    mine.backward()
+    expected.backward()
+    for a, b in zip(loss.paraphrasers[0].parameters(), theirs.parameters()):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
+    for a, b in zip(loss.paraphrasers[0].buffers(), theirs.buffers()):
+        torch.testing.assert_close(a, b)                          # batch normalisation is awake in the first stage
+
+
+def test_ft_worked_on_paper_and_the_papers_norm():
+    loss = ft(2, 2, rate=1)
+    with torch.no_grad():
+        for conv in (m for net in (loss.translators[0], loss.paraphrasers[0].encoder) for m in net if isinstance(m, nn.Conv2d)):
+            conv.bias.zero_()
+            conv.weight.copy_(F.pad(torch.eye(2)[..., None, None], (1, 1, 1, 1)))
+    s, t = torch.tensor([[[[16.]], [[12.]]]]), torch.tensor([[[[3.]], [[4.]]]])
+    assert loss(s, t).item() == pytest.approx(.2)
+    loss.reduction = "norm"
+    assert loss(s, t).item() == pytest.approx(.4)
+    loss.p = 2
+    assert loss(s, t).item() == pytest.approx(.08**.5)
+
+
+@many
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(0, 10**6))
+def test_mean_is_the_norm_over_the_number_of_entries_for_p_1(n, m, h, w, seed):
+    s, t = randn(n, 2, h, w, seed=seed, dtype=torch.float64), randn(n, m, h, w, seed=seed + 1, dtype=torch.float64)
+    mean, norm = (ft(2, m, rate=1, reduction=r, dtype=torch.float64) for r in ("mean", "norm"))
+    torch.testing.assert_close(mean(s, t) * (m * h * w), norm(s, t), rtol=1e-10, atol=1e-14)
+    assert 0 <= mean(s, t) <= 2 / (m * h * w)**.5 + 1e-12
+
+
+@many
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(0, 10**6), st.floats(.01, 100))
+def test_unit_factor_has_length_1_and_no_scale(n, m, seed, scale):
+    a, b = randn(n, m, 3, 2, seed=seed, dtype=torch.float64), randn(n, m, 3, 2, seed=seed + 1, dtype=torch.float64)
+    torch.testing.assert_close(unit_factor(a).norm(dim=1), torch.ones(n, dtype=torch.float64))
+    torch.testing.assert_close(unit_factor(scale * a), unit_factor(a))
+    cos = F.cosine_similarity(a.flatten(1), b.flatten(1))
+    torch.testing.assert_close((unit_factor(a) - unit_factor(b)).pow(2).mean(), (2 * (1 - cos)).mean() / (m * 6))
+
+
+# ---- the shortcut
+
+def test_the_shortcut_is_at_with_an_l1_distance():
+    s, t = randn(6, 3, 4, 5, dtype=torch.float64), randn(6, 7, 4, 5, seed=1, dtype=torch.float64)
+    factor = lambda f: F.normalize(f.pow(2).mean(1).view(f.size(0), -1))        # the circulating 'factor'
+    torch.testing.assert_close(factor(s), attention(s))
+    torch.testing.assert_close(FTShortcut()(s, t), (factor(s) - factor(t)).abs().mean())
+    assert FTShortcut(p=2)(s, t) == AT()(s, t) and not list(FTShortcut().parameters())
+    torch.testing.assert_close(FTShortcut()([s, s], [t, t]), 2 * FTShortcut()(s, t))
+
+
+def test_compare_attention_is_the_shortcut_on_factors():
+    s, t = randn(6, 3, 4, 5), randn(6, 8, 4, 5, seed=1)
+    loss = ft(3, 8, compare="attention", batchnorm="translator")
+    factors = copy.deepcopy(loss).translators[0](s), loss.paraphrasers[0].encoder(t)
+    torch.testing.assert_close(loss(s, t), FTShortcut()(*factors))
+    norms = lambda net: sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
+    assert norms(loss.translators) == 3 and norms(loss.paraphrasers) == 0 and norms(FT(3, 8, batchnorm=True)) == 9 and norms(FT(3, 8)) == 0
+
+
+# ---- who learns when
+
+def test_each_stage_gives_gradients_to_its_own_networks_only():
+    loss = ft(3, 8, batchnorm=True)
+    for method, network in (("prepare", loss.paraphrasers), ("forward", loss.translators)):
+        loss.zero_grad()
+        s, t = randn(4, 3, 4, 4).requires_grad_(), randn(4, 8, 4, 4, seed=1).requires_grad_()
+        getattr(loss, method)(s, t).backward()
+        own = {id(p) for p in network.parameters()}
+        assert t.grad is None and (s.grad is None) == (method == "prepare")
+        assert all((p.grad is not None) == (id(p) in own) for p in loss.parameters())
+
+
+def test_paraphrasers_stay_in_evaluation_mode_outside_prepare():
+    loss, s, t = ft(3, 8, batchnorm=True), randn(4, 3, 4, 4), randn(4, 8, 4, 4, seed=1)
+    awake = lambda: {m.training for m in loss.paraphrasers.modules()}
+    assert awake() == {False} and loss.translators[0].training
+    assert loss.train() is loss and awake() == {False} and loss.eval() is loss and not loss.translators[0].training
+    statistics = lambda: {k: v.clone() for k, v in loss.paraphrasers.state_dict().items() if "running" in k}
+    before = statistics()
+    loss.prepare(s, t)                                            # after eval(): statistics stay
+    loss.train()(s, t)
+    assert all(v.equal(before[k]) for k, v in statistics().items()) and awake() == {False}
+    loss.prepare(s, t)
+    assert not any(v.equal(before[k]) for k, v in statistics().items()) and awake() == {False}
+    nn.ModuleList([loss]).train()                                 # as the engine does
+    assert awake() == {False}
+
+
+def test_the_engine_trains_the_paraphraser_first_and_then_leaves_it_alone():
+    from relkd.data import Batches, load
+    from relkd.distill import Row, Term
+    from relkd.models import create
+    from relkd.train import Learner, Schedule, fit
+
+    term = Term("FT", 200., "layer3", "layer3", {"batchnorm": True})
+    learner = Learner(create("resnet8x0.5", 10, 1), Row("FT", (term,), first=(replace(term, weight=1.),), first_epochs=1), Schedule(1, 50, .05, weight_decay=5e-4))
+    parts, step, seen = None, learner.step, []
+
+    def watched(*args):
+        nonlocal parts
+        loss = next(iter(learner.objective.losses.values()))
+        first, parts = learner.first_stage, (loss.paraphrasers, loss.translators, learner.model)
+        before = [{k: v.clone() for k, v in m.state_dict().items() if "running" not in k and "num" not in k or m is loss.paraphrasers} for m in parts]
+        step(*args)
+        seen.append((first, [all(v.equal(m.state_dict()[k]) for k, v in b.items()) for m, b in zip(parts, before)]))
+
+    learner.step = watched
+    fit([learner], Batches(load("digits"), 50, 0, torch.arange(100)), 1, create("resnet8", 10, 1, seed=9))
+    assert seen == [(True, [False, True, True])] * 2 + [(False, [True, False, False])] * 2
+
+
+def test_a_paraphraser_and_then_a_student_learn():
+    g = gen(0)
+    x = torch.randn(32, 2, 4, 4, generator=g)
+    t = F.conv2d(x, torch.randn(8, 2, 1, 1, generator=g)).relu()      # 8 channels that 2 can say
+    loss, student = ft(3, 8, rate=.25), nn.Conv2d(2, 3, 1)
+    with torch.no_grad():
+        student.weight.copy_(torch.randn(student.weight.shape, generator=g))
+    for value, parameters in ((lambda: loss.prepare(student(x), t), [*loss.paraphrasers.parameters()]), (lambda: loss(student(x), t), [*loss.translators.parameters(), *student.parameters()])):
+        opt, first = torch.optim.Adam(parameters, lr=.01), value().item()
+        for _ in range(120):
+            opt.zero_grad()
+            last = value()
+            last.backward()
+            opt.step()
+        assert last.item() < .5 * first
+
+
+# ---- FSP against torchdistill and the circulating lines
+
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
+def test_torchdistills_fsp_adds_up_lengths_of_columns(dtype, tolerance):
+    """The same max-pooled matrices; but a column's length where the paper has its square."""
+    from torchdistill.losses.mid_level import FSPLoss
+
+    s, t = chain(dtype=dtype), chain(seed=9, dtype=dtype)
+    pairs = {f"{i}": {f"{who}_{k}": {"io": "output", "path": f"{i + j}"} for who in ("student", "teacher") for j, k in enumerate(("first", "second"))} for i in (0, 1)}
+    io = lambda maps: {f"{i}": {"output": f} for i, f in enumerate(maps)}
+    theirs = lambda *s: FSPLoss(pairs)(io(s), io(t))
+    gaps = lambda s: [flow_matrix(s[i], s[i + 1]) - flow_matrix(t[i], t[i + 1]) for i in (0, 1)]
+    assert_same(value_and_gradients(lambda *s: sum(g.norm(dim=1).sum() for g in gaps(s)) / 3, *s), value_and_gradients(theirs, *s), tolerance)
+    torch.testing.assert_close(FSP()(s, t), sum(g.norm(dim=1).pow(2).sum() for g in gaps(s)) / 3)
+    assert not torch.isclose(FSP()(s, t), theirs(*s), rtol=.01)
+
+
+@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
+def test_fsp_mean_is_the_circulating_block_of_products(dtype, tolerance):
+    def flow(a, b):
+        h = min(a.shape[2], b.shape[2])
+        a, b = (F.adaptive_avg_pool2d(f, (h, h)).flatten(2) for f in (a, b))
+        return (a[:, None] * b[:, :, None]).mean(-1)
+
+    s, t = chain(dtype=dtype), chain(seed=9, dtype=dtype)
+    circulating = lambda *s: sum((flow(s[i], s[i + 1]) - flow(t[i], t[i + 1])).pow(2).mean() for i in (0, 1))
+    assert_same(value_and_gradients(lambda *s: FSP(pool="avg", reduction="mean")(s, t), *s), value_and_gradients(circulating, *s), tolerance)
+
+
+def test_fsp_worked_on_paper():
+    a, b = torch.tensor([[[[1., 2.]], [[0., 1.]]]]), torch.tensor([[[[3., 0.]], [[1., 1.]]]])
+    assert flow_matrix(a, b).tolist() == [[[1.5, 1.5], [0., .5]]]
+    corner = torch.zeros(1, 2, 1, 1)
+    corner[0, 0] = 1
+    assert FSP()([1.5 * corner, corner], [a, b]).item() == 2.5 and FSP(reduction="mean")([1.5 * corner, corner], [a, b]).item() == .625
+
+
+def test_pairs_and_weights_name_terms_of_the_sum():
+    s, t = chain(), chain(seed=9)
+    one = lambda *pair, **o: FSP(pairs=[pair], **o)(s, t)
+    torch.testing.assert_close(FSP()(s, t), one(0, 1) + one(1, 2))
+    torch.testing.assert_close(FSP(weights=[2, 3])(s, t), 2 * one(0, 1) + 3 * one(1, 2))
+    torch.testing.assert_close(FSP(pairs=[(0, 2), (1, 1)], weights=(.5, 1))(s, t), .5 * one(0, 2) + one(1, 1))
+    torch.testing.assert_close(one(0, 2), one(2, 0))
+    assert FSP(pairs=[(0, 0)])(s[0], t[0]) == one(0, 0)                # Gatys' Gram matrix: a single layer will do
+
+
+def test_fsp_pools_the_larger_map_of_a_pair_in_either_order_and_shape():
+    big, small = randn(2, 3, 8, 6), randn(2, 4, 4, 9, seed=1)
+    for pool, f in (("max", F.adaptive_max_pool2d), ("avg", F.adaptive_avg_pool2d)):
+        expected = torch.einsum("nihw,njhw->nij", f(big, (4, 6)), f(small, (4, 6))) / 24
+        torch.testing.assert_close(flow_matrix(big, small, pool), expected)
+        torch.testing.assert_close(flow_matrix(small, big, pool), expected.mT)
+
+
+# ---- what FSP ignores
+
+@st.composite
+def layers(draw):
+    n, k = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    channels = draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
+    seed = draw(st.integers(0, 10**6))
+    sizes = [(c, k) for c in channels]
+    return chain(n, sizes, seed, torch.float64), chain(n, sizes, seed + 100, torch.float64)
+
+
+@many
+@given(layers(), st.floats(.01, 100))
+def test_fsp_is_blind_to_positions_and_to_what_cancels(pair, scale):
+    s, t = pair
+    base, hw = FSP()(s, t), s[0][0, 0].numel()
+    q, _ = torch.linalg.qr(randn(hw, hw, dtype=torch.float64))
+    order = torch.randperm(hw, generator=gen(1))
+    for moved in ([(f.flatten(2) @ q).view_as(f) for f in s], [f.flatten(2)[..., order].view_as(f) for f in s], [-f for f in s],
+                  [f * scale ** (-1)**i for i, f in enumerate(s)], [f.repeat_interleave(3, 3) for f in s]):
+        torch.testing.assert_close(FSP()(moved, t), base, rtol=1e-8, atol=1e-10)
+    assert FSP()(t, t) == 0 and base >= 0
+
+
+@many
+@given(layers(), st.floats(.1, 10))
+def test_fsp_grows_with_the_fourth_power(pair, scale):
+    s, t = pair
+    torch.testing.assert_close(FSP()([scale * f for f in s], [scale * f for f in t]), scale**4 * FSP()(s, t), rtol=1e-9, atol=1e-12)
+
+
+@many
+@given(layers())
+def test_fsp_norm_is_the_mean_times_the_entries(pair):
+    s, t = ([f for f in maps[:2]] for maps in pair)
+    torch.testing.assert_close(FSP()(s, t), FSP(reduction="mean")(s, t) * s[0].shape[1] * s[1].shape[1])
+
+
+def test_fsp_sees_the_order_of_channels_and_at_does_not():
+    s, t = chain(sizes=((3, 4), (4, 4))), chain(sizes=((3, 4), (4, 4)), seed=9)
+    renumbered = [f.roll(1, 1) for f in t]
+    assert not torch.isclose(FSP()(s, t), FSP()(s, renumbered), rtol=1e-3)
+    torch.testing.assert_close(AT()(s, t), AT()(s, renumbered))
+
+
+def test_fsp_silent_layers():
+    t = chain(sizes=((3, 4), (4, 4)), seed=9)
+    _, (g1, g2) = value_and_gradients(lambda *s: FSP()(s, t), torch.zeros(3, 3, 4, 4), randn(3, 4, 4, 4))
+    assert g1.abs().max() > 0 and g2.abs().max() == 0             # a layer's gradient is multiplied by the other layer
+    value, grads = value_and_gradients(lambda *s: FSP()(s, t), *(0 * f for f in t))
+    assert all(g.abs().max() == 0 for g in grads)
+    torch.testing.assert_close(value, flow_matrix(*t).pow(2).sum((1, 2)).mean())
+
+
+def test_fsp_lets_the_networks_differ_in_map_size():
+    s, t = chain(sizes=((3, 8), (4, 4))), chain(sizes=((3, 2), (4, 6)), seed=9)
+    expected = (flow_matrix(*s) - flow_matrix(*t)).pow(2).sum((1, 2)).mean()
+    torch.testing.assert_close(FSP()(s, t), expected)
+
+
+def test_a_student_learns_the_flow():
+    x = randn(32, 1, 6, 6)
+    def two(w): a = F.conv2d(x, w[0], padding=1).relu(); return [a, F.conv2d(a, w[1], padding=1).relu()]
+    t = two([randn(4, 1, 3, 3, seed=1), .3 * randn(5, 4, 3, 3, seed=2)])
+    w = [(.3 * randn(*s, seed=3)).requires_grad_() for s in ((4, 1, 3, 3), (5, 4, 3, 3))]
+    opt, first = torch.optim.Adam(w, lr=.02), FSP()(two(w), t).item()
+    for _ in range(80):
+        opt.zero_grad()
+        last = FSP()(two(w), t)
+        last.backward()
+        opt.step()
+    assert last.item() < .2 * first
+
+
+# ---- gradients, precision, zeros, as modules
+
+PAIRS = {
+    "FT": (ft(4, 6), lambda n: (randn(n, 4, 4, 4), randn(n, 6, 4, 4, seed=1))),
+    "FT-norm": (ft(4, 6, p=2, reduction="norm"), lambda n: (randn(n, 4, 4, 4), randn(n, 6, 2, 3, seed=1))),
+    "FT-attention": (ft(4, 6, compare="attention", batchnorm="translator"), lambda n: (randn(n, 4, 4, 4), randn(n, 6, 4, 4, seed=1))),
+    "FTShortcut": (FTShortcut(), lambda n: (randn(n, 4, 4, 4), randn(n, 6, 2, 4, seed=1))),
+    "FSP": (FSP(), lambda n: (chain(n), chain(n, seed=9))),
+    "FSP-mean": (FSP(pool="avg", reduction="mean", weights=[1, 2]), lambda n: (chain(n), chain(n, sizes=((3, 5), (4, 3), (5, 3)), seed=9))),
+}
+each = pytest.mark.parametrize("loss, maps", PAIRS.values(), ids=PAIRS)
+
+
+def over(f, maps):
+    return [f(m) for m in maps] if isinstance(maps, list) else f(maps)
+
+
+def leaves(maps):
+    return maps if isinstance(maps, list) else [maps]
+
+
+@each
+def test_gradcheck_and_no_gradient_for_the_teacher(loss, maps):
+    loss, (s, t) = copy.deepcopy(loss).double(), maps(3)
+    s, t = over(lambda f: f[:, :, :3, :2].double().contiguous().requires_grad_(), s), over(lambda f: f.double().requires_grad_(), t)
+    rebuild = lambda fs: list(fs) if isinstance(s, list) else fs[0]
+    assert torch.autograd.gradcheck(lambda *fs: loss(rebuild(fs), t), tuple(leaves(s)))
+    loss(s, t).backward()
+    assert all(f.grad is None for f in leaves(t)) and all(f.grad is not None for f in leaves(s))
+
+
+@each
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 4])
+def test_finite_on_zeros_and_extremes_in_every_precision(loss, maps, dtype, n):
+    loss, (s, t) = copy.deepcopy(loss).eval(), maps(n)           # batch statistics of a silent map blow gradients up by 316 a layer
+    for size in (1, 0, 1e-6, 5 if isinstance(loss, FSP) else 100):  # FSP: the gradient grows with the third power
+        for goal in (t, over(lambda f: 0 * f, t)):
+            e = over(lambda f: (size * f).detach().to(dtype).requires_grad_(), s)
+            value = loss(e, over(lambda f: f.to(dtype), goal))
+            value.backward()
+            assert value.dim() == 0 and value.isfinite() and value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            assert all(f.grad.isfinite().all() for f in leaves(e))
+            if not isinstance(loss, FSP):
+                assert max(f.grad.abs().max() for f in leaves(e)) < 1e4
+
+
+def test_a_silent_factor_has_no_direction():
+    base, goal = torch.rand(2, 3, 2, 2, generator=gen(0)), unit_factor(torch.rand(2, 3, 2, 2, generator=gen(1)))
+    for size in (0, 1e-12, 1e-7):
+        value, (g,) = value_and_gradients(lambda f: (unit_factor(f) - goal).abs().mean(), size * base)
+        assert g.abs().max() == 0 and value == goal.abs().mean()
+    assert value_and_gradients(lambda f: (F.normalize(f.flatten(1)) - goal).abs().mean(), 0 * base)[1][0].abs().max() > 1e9
+
+
+@each
+def test_autocast_changes_nothing(loss, maps):
+    loss, (s, t) = copy.deepcopy(loss).eval(), maps(4)
+    calls = [loss, loss.prepare] if isinstance(loss, FT) else [loss]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = [f(s, t) for f in calls]
+    assert all(v.dtype == torch.float32 and torch.equal(v, f(s, t)) for v, f in zip(inside, calls))
+
+
+@each
+def test_compiles_in_one_graph(loss, maps):
+    loss, (s, t) = copy.deepcopy(loss).eval(), maps(4)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    rebuild = lambda fs: list(fs) if isinstance(s, list) else fs[0]
+    assert_same(value_and_gradients(lambda *fs: compiled(rebuild(fs), t), *leaves(s)), value_and_gradients(lambda *fs: loss(rebuild(fs), t), *leaves(s)), 2e-6)
+
+
+@pytest.mark.parametrize("batchnorm", [False, True])
+def test_ft_mixes_precisions_upwards(batchnorm):
+    s, t, loss = randn(4, 3, 4, 4), randn(4, 8, 4, 4, seed=1), ft(3, 8, batchnorm=batchnorm)
+    for f in (loss, loss.prepare):
+        assert f(s.half(), t.half()).dtype == torch.float32 and f(s, t.double()).dtype == torch.float64
+    half = copy.deepcopy(loss).half()
+    assert half(s.half(), t).dtype == torch.float32 and copy.deepcopy(loss).double()(s, t).dtype == torch.float64
+    exact, mixed = loss.eval().double(), loss.float()
+    mixed(s.double(), t.double()).backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in mixed.translators.parameters())
+
+
+def test_from_features_lists_and_the_state_dict_round_trip():
+    s, t = [randn(2, 3, 8, 8), randn(2, 5, 4, 4)], [randn(2, 6, 4, 4), randn(2, 8, 4, 4)]
+    loss = FT.from_features(s, t, rate=.5)
+    assert [[r[0].in_channels, p.encoder[0].in_channels, r[-2].out_channels, p.encoder[-2].out_channels] for r, p in zip(loss.translators, loss.paraphrasers)] == [[3, 6, 3, 3], [5, 8, 4, 4]]
+    other = FT([3, 5], [6, 8])
+    assert other(s, t) != loss(s, t)
+    other.load_state_dict(loss.state_dict())
+    assert torch.equal(other(s, t), loss(s, t))
+    one = [FT.from_features(a, b) for a, b in zip(s, t)]
+    for a, r, p in zip(one, loss.translators, loss.paraphrasers):
+        a.translators[0].load_state_dict(r.state_dict())
+        a.paraphrasers[0].load_state_dict(p.state_dict())
+    torch.testing.assert_close(loss(s, t), one[0](s[0], t[0]) + one[1](s[1], t[1]))
+    torch.testing.assert_close(loss.prepare(s, t), one[0].prepare(s[0], t[0]) + one[1].prepare(s[1], t[1]))
+    assert FT(64, 64, rate=.7).translators[0][-2].out_channels == 45 and not FSP().state_dict()
+    assert repr(FSP(pool="avg")) == "FSP(pairs=None, weights=None, pool='avg', reduction='norm')" and repr(FTShortcut(p=2)) == "FTShortcut(p=2)"
+    assert "rate=0.5, p=1, reduction='mean', reconstruction='l2', batchnorm=False, compare='factor'" in repr(loss)
+
+
+def test_maps_of_different_size_are_pooled_in_both_stages():
+    s, big = randn(4, 3, 4, 2), randn(4, 8, 8, 6, seed=1)
+    small, loss = F.adaptive_avg_pool2d(big, (4, 2)), ft(3, 8)
+    assert torch.equal(loss(s, big), loss(s, small)) and torch.equal(loss.prepare(s, big), loss.prepare(s, small))
+
+
+def test_networks_of_the_authors_sizes():
+    p, r = Paraphraser(64, 32), Translator(16, 32)
+    assert [tuple(m.weight.shape) for m in p.modules() if hasattr(m, "weight")] == [(64, 64, 3, 3), (32, 64, 3, 3), (32, 32, 3, 3), (32, 32, 3, 3), (32, 64, 3, 3), (64, 64, 3, 3)]
+    assert [tuple(m.weight.shape) for m in r if hasattr(m, "weight")] == [(16, 16, 3, 3), (32, 16, 3, 3), (32, 32, 3, 3)]
+    assert {m.negative_slope for net in (p, r) for m in net.modules() if isinstance(m, nn.LeakyReLU)} == {.1}
+    x = torch.rand(2, 64, 5, 7)
+    assert p(x).shape == x.shape and p.encoder(x).shape == (2, 32, 5, 7)
+
+
+# ---- errors
+
+f4, e2 = torch.rand(4, 3, 2, 2), torch.rand(4, 3)
+ERRORS = [
+    (lambda: FT([3, 3], 3), r"FT needs as many in_channels as out_channels, each at least 1; got \[3, 3\] and 3"),
+    (lambda: FT(0, 3), "each at least 1; got 0 and 3"),
+    (lambda: FT([], []), "each at least 1"),
+    (lambda: FT(3, 5, rate=.05), "FT needs a rate that leaves a factor at least 1 channel; got rate = 0.05 of 5 channels"),
+    (lambda: FT(3, 5, rate=float("nan")), "got rate = nan"),
+    (lambda: FT(3, 5, rate=float("inf")), "got rate = inf"),
+    (lambda: FT(3, 5, p=.5), "FT needs a power of at least 1; got p = 0.5"),
+    (lambda: FT(3, 5, reduction="sum"), "FT needs reduction to be one of 'mean', 'norm'; got 'sum'"),
+    (lambda: FT(3, 5, reconstruction="mse"), "FT needs reconstruction to be one of 'l1', 'l2'; got 'mse'"),
+    (lambda: FT(3, 5, batchnorm="student"), "FT needs batchnorm to be one of False, True, 'translator'; got 'student'"),
+    (lambda: FT(3, 5, compare="map"), "FT needs compare to be one of 'factor', 'attention'; got 'map'"),
+    (lambda: FT(3, 5)(f4, f4), "FT was made for 3 student and 5 teacher channels; got 3 and 3: FT.from_features reads them from an example"),
+    (lambda: FT(3, 5).prepare(f4, f4), "FT was made for 3 student and 5 teacher channels"),
+    (lambda: FT(3, 3)([f4, f4], [f4, f4]), r"FT was made for 1 layer\(s\); got 2"),
+    (lambda: FT(3, 3)(f4, e2), r"FT needs teacher maps of shape \(N, C, H, W\), floating point; got \(4, 3\), torch.float32: take a layer before the pooling"),
+    (lambda: FT(3, 3)(f4, f4[:3]), r"FT needs student and teacher maps of the same samples, none empty; got \(4, 3, 2, 2\) and \(3, 3, 2, 2\)"),
+    (lambda: FT.from_features(f4, None), "FT needs teacher maps"),
+    (lambda: FTShortcut(p=0), "FTShortcut needs a power of at least 1; got p = 0"),
+    (lambda: FTShortcut()(e2, e2), "FTShortcut needs student maps"),
+    (lambda: FSP(pool="mean"), "FSP needs pool to be 'max' or 'avg'; got 'mean'"),
+    (lambda: FSP(reduction="sum"), "FSP needs reduction to be 'norm' or 'mean'; got 'sum'"),
+    (lambda: FSP(pairs=[]), r"FSP needs pairs \(i, j\) of places in the list of layers, from 0 on; got \[\]"),
+    (lambda: FSP(pairs=[(0, -1)]), r"from 0 on; got \[\(0, -1\)\]"),
+    (lambda: FSP(pairs=[(0, 1, 2)]), r"got \[\(0, 1, 2\)\]"),
+    (lambda: FSP(pairs=[(0, 1)], weights=[1, 2]), "FSP needs one weight a pair; got 2 for 1 pairs"),
+    (lambda: FSP(weights=[1, 2])([f4, f4], [f4, f4]), "FSP needs one weight a pair; got 2 for 1 pairs"),
+    (lambda: FSP()(f4, f4), "FSP needs as many layers of the teacher as of the student, at least 2; got 1 of the student and 1 of the teacher"),
+    (lambda: FSP(pairs=[(0, 2)])([f4, f4], [f4, f4]), "at least 3; got 2 of the student and 2 of the teacher"),
+    (lambda: FSP()([f4, f4], [f4, f4, f4]), "got 2 of the student and 3 of the teacher"),
+    (lambda: FSP()([f4, f4], [f4, torch.rand(4, 5, 2, 2)]), "FSP needs as many channels in the student as in the teacher, layer by layer; got 3 and 5 in layer 1: choose other layers, or a loss with a regressor"),
+    (lambda: FSP()([f4, f4[:2]], [f4, f4]), "FSP needs all layers of the same samples; got N = 4, 2 and N = 4, 4"),
+    (lambda: FSP()([f4, e2], [f4, f4]), r"FSP needs student maps of shape \(N, C, H, W\), floating point, none empty; got \(4, 3\), torch.float32: take layers before the pooling"),
+    (lambda: FSP()([f4, f4], [f4, f4.long()]), r"FSP needs teacher maps .* got \(4, 3, 2, 2\), torch.int64"),
+    (lambda: FSP()([f4, f4], [f4, None]), "got NoneType"),
+    (lambda: FSP()([f4[:0], f4[:0]], [f4, f4]), r"none empty; got \(0, 3, 2, 2\)"),
+]
+
+
+@pytest.mark.parametrize("call, message", ERRORS, ids=range(len(ERRORS)))
+def test_errors_say_what_was_given_and_what_is_needed(call, message):
+    with pytest.raises(ValueError, match=message) as e:
+        call()
+    assert "\n" not in str(e.value)

@@ -1,0 +1,407 @@
+"""SP and PKT: values and gradients of other code, what they ignore, limits, precision, errors."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from relkd.losses.pkt import PKT, conditional_probabilities
+from relkd.losses.rkd import RKDDistance
+from relkd.losses.sp import SP, similarities
+from relkd.relations import cosine_similarity_matrix
+
+many = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+LOSSES = [SP(), SP("global"), PKT(), PKT("batchmean"), PKT(distinct=True), PKT("batchmean", distinct=True)]
+ids = ["SP", "SP-global", "PKT", "PKT-batchmean", "PKT-distinct", "PKT-batchmean-distinct"]
+every_loss = pytest.mark.parametrize("loss", LOSSES, ids=ids)
+
+
+def gen(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=gen(seed), dtype=dtype)
+
+
+@st.composite
+def pairs(draw, least=3):
+    """Student and teacher embeddings in float64, of differing dimensions; sometimes behind a ReLU, then with a floor."""
+    n, ds, dt = draw(st.integers(least, 9)), draw(st.integers(2, 6)), draw(st.integers(2, 6))
+    seed, size, positive = draw(st.integers(0, 10**6)), 10 ** draw(st.floats(-2, 2)), draw(st.booleans())
+    s, t = (torch.randn(n, d, generator=gen(seed + k), dtype=torch.float64) for k, d in enumerate((ds, dt)))
+    if positive:
+        s, t = s.relu() + .01, t.relu() + .01
+    return size * s, t
+
+
+def value_and_gradient(f, s):
+    s = s.detach().clone().requires_grad_()
+    value = f(s)
+    return value.detach(), torch.autograd.grad(value, s)[0]
+
+
+def assert_same(mine, theirs, tolerance):
+    (a, ga), (b, gb) = mine, theirs
+    assert abs(a - b) <= tolerance * abs(b)
+    assert (ga - gb).abs().max() <= 10 * tolerance * gb.abs().max()
+
+
+# ---- against torchdistill, against the formula
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-5), (torch.float64, 1e-6)])
+@pytest.mark.parametrize("relu", [False, True])
+def test_pkt_is_torchdistills(dtype, tolerance, relu):
+    """Up to the eps beside the length, 1e-7 / |e|: the deviation in float64."""
+    from torchdistill.losses.mid_level import PKTLoss
+
+    s, t = randn(32, 16, dtype=dtype), randn(32, 40, seed=1, dtype=dtype)
+    s, t = (s.relu(), t.relu()) if relu else (s, t)
+    theirs = PKTLoss("a", "output", "a", "output")
+    other = lambda s, t: theirs({"a": {"output": s}}, {"a": {"output": t}})
+    assert_same(value_and_gradient(lambda s: PKT()(s, t), s), value_and_gradient(lambda s: other(s, t), s), tolerance)
+    if dtype == torch.float64:                              # longer embeddings: the eps no longer matters
+        torch.testing.assert_close(PKT()(s, t), other(1e6 * s, 1e6 * t), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-13)])
+def test_sp_is_the_circulating_one_and_torchdistills_has_rows_of_absolute_sum_1(dtype, tolerance):
+    """torchdistill's `normalize(G, 1)` sets p = 1, not dim = 1: rows of absolute sum 1. Our rows over their absolute sums give its value."""
+    from torchdistill.losses.mid_level import SPKDLoss
+
+    s, t = randn(8, 3, 4, 4, dtype=dtype), randn(8, 5, 2, 2, seed=1, dtype=dtype)
+
+    def by_power(p):
+        rows = lambda f: F.normalize(f.flatten(1) @ f.flatten(1).t(), p=p, dim=1)
+        return lambda s: (rows(s) - rows(t)).pow(2).sum() / 64
+
+    assert_same(value_and_gradient(lambda s: SP()(s, t), s), value_and_gradient(by_power(2), s), tolerance)
+    theirs = SPKDLoss("a", "a", "batchmean")
+    other = value_and_gradient(lambda s: theirs({"a": {"output": s}}, {"a": {"output": t}}), s)
+    assert_same(value_and_gradient(by_power(1), s), other, tolerance)
+
+    def from_ours(s):
+        rows = [similarities(f.flatten(1)) for f in (s, t)]
+        return sum(sign * r / r.abs().sum(1, keepdim=True) for sign, r in zip((1, -1), rows)).pow(2).mean()
+
+    assert_same(value_and_gradient(from_ours, s), other, tolerance)
+    assert SP()(s, t) > 2 * other[0]
+
+
+def test_sp_global_is_the_frobenius_line():
+    s, t = randn(8, 5), randn(8, 11, seed=1)
+    tables = [e @ e.t() / (e @ e.t()).norm() for e in (s, t)]
+    torch.testing.assert_close(SP("global")(s, t), (tables[0] - tables[1]).pow(2).mean())
+
+
+def test_values_worked_on_paper():
+    assert SP()(torch.tensor([[1., 0.], [0., 2.]]), torch.tensor([[3.], [4.]])).item() == pytest.approx(.3)
+    s, t = torch.diag(torch.tensor([1., 2., 5.])), torch.tensor([[2., 0.], [-1., 0.], [0., 3.]])
+    total = 2 * math.log(4 / 3)
+    assert PKT()(s, t).item() == pytest.approx(total / 9, rel=1e-5)
+    assert PKT("batchmean")(s, t).item() == pytest.approx(total / 3, rel=1e-5)
+    assert PKT("batchmean", distinct=True)(s, t).item() == pytest.approx(2 * math.log(2) / 3, rel=1e-5)
+
+
+def pkt_loop(s, t, eps=1e-7, distinct=False):
+    n, tables = len(s), []
+    for e in (s, t):
+        k = torch.stack([torch.stack([(1 + F.cosine_similarity(e[i], e[j], dim=0)) / 2 * (not (distinct and i == j)) for j in range(n)]) for i in range(n)])
+        tables.append(k / k.sum(1, keepdim=True))
+    q, p = tables
+    return sum(p[i, j] * math.log((p[i, j] + eps) / (q[i, j] + eps)) for i in range(n) for j in range(n))
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+@pytest.mark.parametrize("eps", [1e-7, 1e-4])
+def test_pkt_is_the_loop(distinct, eps):
+    s, t = randn(5, 3, dtype=torch.float64), randn(5, 4, seed=1, dtype=torch.float64)
+    total = pkt_loop(s, t, eps, distinct)
+    torch.testing.assert_close(PKT("batchmean", distinct, eps)(s, t), total / 5)
+    torch.testing.assert_close(PKT("mean", distinct, eps)(s, t), total / (20 if distinct else 25))
+
+
+# ---- what the losses ignore, and their limits
+
+@many
+@given(pairs(), st.sampled_from(range(len(LOSSES))), st.floats(1e-2, 1e2))
+def test_all_are_blind_to_rotation_scale_padding_and_the_order_of_the_batch(pair, k, scale):
+    (s, t), loss = pair, LOSSES[k]
+    q, _ = torch.linalg.qr(torch.randn(s.shape[1], s.shape[1], generator=gen(k), dtype=torch.float64))
+    perm = torch.randperm(len(s), generator=gen(k))
+    for a, b in ((s @ q, t), (-s, t), (scale * s, t), (s, scale * t), (F.pad(s, (0, 3)), t), (s[perm], t[perm])):
+        torch.testing.assert_close(loss(a, b), loss(s, t), rtol=1e-7, atol=1e-13)
+    assert loss(s @ q, s) < 1e-12 and loss(s, t) > -1e-7
+
+
+@many
+@given(pairs(), st.integers(0, 10**6))
+def test_pkt_is_blind_to_every_length_and_sp_to_the_rows_own(pair, seed):
+    s, t = pair
+    sizes = 10 ** (4 * torch.rand(len(s), 1, generator=gen(seed), dtype=torch.float64) - 2)
+    for loss in LOSSES[2:]:
+        torch.testing.assert_close(loss(sizes * s, t), loss(s, t), rtol=1e-8, atol=1e-13)
+    gram = s @ s.t()
+    torch.testing.assert_close(similarities(s), F.normalize(sizes * gram))
+    torch.testing.assert_close(similarities(sizes * s), F.normalize(gram * sizes.t()), rtol=1e-8, atol=1e-12)   # columns stay
+
+
+@pytest.mark.parametrize("moved", [lambda s: s + 1, lambda s: s * torch.tensor([7., 1, 1, 1]), lambda s: s.flip(0)], ids=["translation", "axis", "order"])
+@every_loss
+def test_what_is_seen(loss, moved):
+    s, t = randn(6, 4), randn(6, 5, seed=1)
+    assert abs(loss(moved(s), t) / loss(s, t) - 1) > .01
+
+
+def test_centred_sp_global_follows_from_rkds_distances():
+    e = randn(7, 3, dtype=torch.float64)
+    d2 = torch.cdist(e, e).pow(2)
+    j = torch.eye(7, dtype=torch.float64) - 1 / 7
+    torch.testing.assert_close(-j @ d2 @ j / 2, (e - e.mean(0)) @ (e - e.mean(0)).t())
+    shifted, t = e + 3, randn(7, 5, seed=1, dtype=torch.float64)
+    torch.testing.assert_close(RKDDistance()(shifted, t), RKDDistance()(e, t))
+    assert abs(SP()(shifted, t) / SP()(e, t) - 1) > .01
+    torch.testing.assert_close(SP()(shifted - shifted.mean(0), t), SP()(e - e.mean(0), t))
+
+
+@many
+@given(pairs(least=2))
+def test_sp_is_a_mean_of_one_minus_cosine(pair):
+    s, t = pair
+    n = len(s)
+    cos = F.cosine_similarity(similarities(s), similarities(t), dim=1)
+    torch.testing.assert_close(SP()(s, t), 2 / n * (1 - cos).mean(), rtol=1e-9, atol=1e-15)
+    assert 0 <= SP()(s, t) <= 4 / n and 0 <= SP("global")(s, t) <= 2 / n**2 + 1e-12
+    positive = SP()(s.abs(), t.abs())
+    assert positive <= 2 / n
+    torch.testing.assert_close(similarities(s).norm(dim=1), torch.ones(n, dtype=torch.float64))
+    torch.testing.assert_close(similarities(s, "global").norm(), torch.ones((), dtype=torch.float64))
+
+
+@many
+@given(pairs(), st.booleans())
+def test_conditional_probabilities_are_rows_of_probabilities(pair, distinct):
+    for e in pair:
+        p = conditional_probabilities(e, distinct)
+        torch.testing.assert_close(p.sum(1), torch.ones(len(e), dtype=torch.float64))
+        assert (p >= 0).all() and (not distinct or (p.diagonal() == 0).all())
+        if not distinct:
+            assert (p.diagonal() >= p.max(1).values - 1e-12).all()          # nearest to itself
+
+
+@many
+@given(pairs())
+def test_pkt_batchmean_is_n_times_the_mean_and_bounded_behind_a_relu(pair):
+    s, t = pair
+    n = len(s)
+    torch.testing.assert_close(PKT("batchmean")(s, t), n * PKT()(s, t))
+    torch.testing.assert_close(PKT("batchmean", distinct=True)(s, t), (n - 1) * PKT(distinct=True)(s, t))
+    assert PKT("batchmean")(s.abs(), t.abs()) <= .2342                       # kernels within [1/2, 1]
+
+
+def test_pkt_is_half_a_variance_of_cosine_differences_near_the_teacher():
+    t = randn(32, 16, dtype=torch.float64).relu()
+    s = t + 1e-3 * randn(32, 16, seed=1, dtype=torch.float64)
+    cs, ct, p = cosine_similarity_matrix(s, s), cosine_similarity_matrix(t, t), conditional_probabilities(t)
+    change = (cs - ct) / (1 + ct)
+    second = (p * (change - (p * change).sum(1, keepdim=True)) ** 2).sum(1).mean() / 2
+    torch.testing.assert_close(PKT("batchmean")(s, t), second, rtol=.01, atol=0)
+
+
+@pytest.mark.parametrize("distance", [.1, 1e-2, 1e-3])
+def test_pkt_keeps_its_digits_near_the_teacher_where_the_copied_lines_cancel(distance):
+    def copied(s, t, eps=1e-7):
+        q, p = ((k := F.normalize(e) @ F.normalize(e).t() + 1) / k.sum(1, keepdim=True) for e in (s, t))
+        return (p * ((p + eps) / (q + eps)).log()).mean()
+
+    t = randn(64, 128).relu()
+    s = t + distance * randn(64, 128, seed=1)
+    exact = PKT()(s.double(), t.double())
+    assert abs(PKT()(s, t) / exact - 1) < 1e-4
+    if distance == 1e-3:
+        assert abs(copied(s, t) / exact - 1) > .5
+
+
+def test_sp_one_long_embedding_takes_over_the_table():
+    e = randn(8, 5, dtype=torch.float64)
+    signs = (e @ e[0]).sign()
+    e[0] *= 1e9
+    torch.testing.assert_close(similarities(e), F.pad(signs[:, None], (0, 7)), rtol=0, atol=1e-7)
+
+
+@every_loss
+def test_the_gradient_has_no_part_along_the_scale(loss):
+    s, t = randn(6, 4, dtype=torch.float64), randn(6, 5, seed=1, dtype=torch.float64)
+    _, g = value_and_gradient(lambda s: loss(s, t), s)
+    assert abs((g * s).sum()) < 1e-15
+    if isinstance(loss, PKT):
+        assert (g * s).sum(1).abs().max() < 1e-15
+
+
+def test_maps_are_flattened_and_a_list_is_the_sum_over_its_layers():
+    s, t = [randn(4, 3, 5, 2), randn(4, 7, seed=1)], [randn(4, 6, seed=2), randn(4, 2, 3, 3, seed=3)]
+    for norm in ("row", "global"):
+        loss = SP(norm)
+        torch.testing.assert_close(loss(s, t), loss(s[0].flatten(1), t[0]) + loss(s[1], t[1].flatten(1)))
+        assert torch.equal(loss(tuple(s[:1]), t[:1]), loss(s[0], t[0]))
+    assert torch.equal(PKT()(s[0], t[1]), PKT()(s[0].flatten(1), t[1].flatten(1)))
+
+
+# ---- gradients, precision, zeros
+
+@every_loss
+def test_gradcheck_and_no_gradient_for_the_teacher(loss):
+    s, t = randn(4, 2, 2, 1, dtype=torch.float64).requires_grad_(), randn(4, 5, seed=1, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: loss(s, t), (s,))
+    loss(s, t).backward()
+    assert t.grad is None and s.grad is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@every_loss
+@pytest.mark.parametrize("n", [3, 16])
+def test_finite_on_zeros_duplicates_and_extremes_in_every_precision(loss, dtype, n):
+    t, base = randn(n, 6), randn(n, 4, seed=1)
+    one_silent, opposite, alike = base.clone(), base.clone(), base.clone()
+    one_silent[0], opposite[1], alike[1] = 0, -base[0], base[0]
+    collapsed, faint = base[:1].expand_as(base), base.abs()
+    faint = torch.cat([faint[:1] * 1e-4 * torch.tensor([1., 0, 0, 0]), faint[1:] * torch.tensor([0., 1, 1, 1])])
+    for e in (0 * base, one_silent, opposite, alike, collapsed, faint, 1e-6 * base, 1e-3 * base, 1e4 * base, base.relu()):
+        for teacher in (t, 0 * t, t[:1].expand_as(t)):
+            s = e.detach().to(dtype).requires_grad_()
+            value = loss(s, teacher.to(dtype))
+            value.backward()
+            assert value.isfinite() and s.grad.isfinite().all() and s.grad.abs().max() < 1e4
+            assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and value.dim() == 0
+
+
+def test_a_silent_sample_explodes_in_the_copied_lines_only():
+    s, t = randn(8, 4).abs(), randn(8, 6, seed=1)
+    s[0] = 0
+    copied = lambda s: (F.normalize(s @ s.t()) - F.normalize(t @ t.t())).pow(2).mean()
+    (a, ga), (b, gb) = (value_and_gradient(f, s) for f in (copied, lambda s: SP()(s, t)))
+    torch.testing.assert_close(a, b)
+    assert ga.abs().max() > 1e9 and gb.abs().max() < 1 and gb[0].abs().max() > 0      # still reached through its column
+    length = lambda e: e / (e.pow(2).sum(1, keepdim=True).sqrt() + 1e-7)
+    assert value_and_gradient(lambda s: (length(s) @ length(s).t()).pow(2).sum(), s)[1].isnan().any()      # PKT's copied length
+    value, g = value_and_gradient(lambda s: PKT()(s, t), s)
+    assert value.isfinite() and g.isfinite().all() and g[0].abs().max() == 0
+
+
+@every_loss
+def test_all_silent_says_nothing(loss):
+    value, g = value_and_gradient(lambda s: loss(s, randn(5, 6)), torch.zeros(5, 3))
+    assert value > 0 and g.abs().max() == 0
+    if loss is LOSSES[0]:
+        assert value.item() == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e4, 1e10, 1e15])
+@every_loss
+def test_over_the_range_of_float32(loss, size):
+    """The copied SP loses the batch from 1e10 on: the square of the Gram matrix overflows."""
+    s, t = randn(16, 8), randn(16, 20, seed=1)
+    (a, ga), (b, gb) = (value_and_gradient(lambda s: loss(s, t), e) for e in (size * s, s))
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(size * ga, gb, rtol=1e-3, atol=1e-6 * gb.abs().max().item())
+    torch.testing.assert_close(loss(s, size * t), b, rtol=1e-4, atol=1e-8)
+
+
+def test_nan_is_not_covered_up():
+    s, t = randn(6, 4), randn(6, 5, seed=1)
+    s[2, 1] = float("nan")
+    assert all(loss(s, t).isnan() for loss in LOSSES)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(loss, dtype):
+    s, t = randn(8, 4, 3, 3), randn(8, 30, seed=1)
+    with torch.autocast("cpu", dtype=dtype):
+        inside = loss(s, t)
+    assert inside.dtype == torch.float32 and torch.equal(inside, loss(s, t))
+
+
+@every_loss
+def test_mixed_precisions_widen(loss):
+    s, t = randn(8, 4), randn(8, 6, seed=1)
+    assert loss(s.half(), t).dtype == loss(s.half(), t.half()).dtype == torch.float32
+    assert loss(s, t.double()).dtype == loss(s.double(), t).dtype == torch.float64
+    g = value_and_gradient(lambda s: loss(s, t.double()), s)[1]
+    assert g.dtype == torch.float32 and g.isfinite().all()
+
+
+# ---- as modules
+
+@every_loss
+def test_compiled_as_one_graph(loss):
+    s, t = randn(8, 4, 2, 2), randn(8, 6, seed=1)
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    assert_same(value_and_gradient(lambda s: compiled(s, t), s), value_and_gradient(lambda s: loss(s, t), s), 1e-6)
+
+
+@every_loss
+def test_state_dict_and_repr(loss):
+    assert not list(loss.parameters()) and not loss.state_dict()
+    other = type(loss)()
+    other.load_state_dict(loss.state_dict())
+    again = eval(repr(loss), {"SP": SP, "PKT": PKT})
+    assert repr(again) == repr(loss)
+    s, t = randn(5, 4), randn(5, 6, seed=1)
+    assert torch.equal(again(s, t), loss(s, t))
+
+
+@every_loss
+def test_a_student_learns(loss):
+    x = randn(48, 6)
+    teacher = (x @ randn(6, 12, seed=1)).relu()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        student = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8))
+    opt = torch.optim.Adam(student.parameters(), lr=.01)
+    first = loss(student(x), teacher).item()
+    for _ in range(100):
+        opt.zero_grad()
+        last = loss(student(x), teacher)
+        last.backward()
+        opt.step()
+    assert last.item() < .2 * first
+
+
+# ---- errors
+
+e2, f4 = torch.rand(4, 3), torch.rand(4, 3, 2, 2)
+ERRORS = [
+    (lambda: SP("column"), r"SP needs norm 'row' \(the paper's\) or 'global'; got 'column'"),
+    (lambda: SP(None), "got None"),
+    (lambda: SP()(e2, e2[:3]), "SP needs student and teacher embeddings of the same samples; got N = 4 and N = 3"),
+    (lambda: SP()(e2[:1], e2[:1]), "SP needs at least 2 samples in a batch; got N = 1: use a larger batch, or drop_last=True"),
+    (lambda: SP()(f4[:0], f4[:0]), "SP needs at least 2 samples in a batch; got N = 0"),
+    (lambda: SP()([f4, f4], f4), "SP needs as many layers of the teacher as of the student, at least one; got 2 of the student and 1 of the teacher"),
+    (lambda: SP()([], []), "at least one; got 0 of the student and 0 of the teacher"),
+    (lambda: SP()(e2[0], e2), r"student must have shape \(N, D\); got \(3,\)"),
+    (lambda: SP()(e2, f4.long()), "teacher must be floating point; got torch.int64"),
+    (lambda: SP()(e2, None), r"teacher must be a tensor of shape \(N, D\); got NoneType"),
+    (lambda: SP()([[f4]], [f4]), "student must be a tensor .* got list"),
+    (lambda: PKT("sum"), r"PKT needs reduction 'mean' \(the authors'\) or 'batchmean' \(the divergence\); got 'sum'"),
+    (lambda: PKT(eps=0), "PKT needs an eps of at least 1e-7, float32 resolves no less; got 0"),
+    (lambda: PKT(eps=float("nan")), "got nan"),
+    (lambda: PKT()(e2, e2[:3]), "PKT needs student and teacher embeddings of the same samples; got N = 4 and N = 3"),
+    (lambda: PKT()(e2[:1], e2[:1]), "PKT needs at least 2 samples in a batch; got N = 1: use a larger batch, or drop_last=True"),
+    (lambda: PKT(distinct=True)(e2[:2], e2[:2]), r"PKT\(distinct=True\) needs at least 3 samples in a batch; got N = 2"),
+    (lambda: PKT()([f4], [f4]), r"student must be a tensor of shape \(N, D\); got list"),
+    (lambda: PKT()(e2, e2[0]), r"teacher must have shape \(N, D\); got \(3,\)"),
+    (lambda: PKT()(e2.long(), e2), "student must be floating point; got torch.int64"),
+]
+
+
+@pytest.mark.parametrize("call, message", ERRORS, ids=range(len(ERRORS)))
+def test_errors_say_what_was_given_and_what_is_needed(call, message):
+    with pytest.raises(ValueError, match=message) as e:
+        call()
+    assert "\n" not in str(e.value)
