@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from relkd.data import Batches, few_per_class, flip, load, pad_crop
-from relkd.distill import PAPER_ROWS, Objective, Row, Term
+from relkd.distill import PAPER_ROWS, RKD_A, RKD_D, Objective, Row, Term, starting_weights
 from relkd.features import Features
 from relkd.models import create
 from relkd.recipes import draw, recipe, run, summary
@@ -187,6 +187,72 @@ def test_a_loss_with_parameters_of_its_own_is_trained_with_its_student(monkeypat
     before = learner.objective.losses["0-Projected"].map.weight.clone()
     fit([learner], Batches(load("digits"), 50, 0, torch.arange(100)), 1, create("resnet8", 10, 1))
     assert not learner.objective.losses["0-Projected"].map.weight.equal(before)
+
+
+def test_a_term_of_both_stages_is_one_loss_whatever_its_weights():
+    term = Term("FitNet", 100., "layer2", "layer2")
+    o = Objective(Row("hints", (term, RKD_D), first=(Term("FitNet", 1., "layer2", "layer2"),), first_epochs=1))
+    net = Features(create("resnet8", 10, 1), o.student_layers)
+    f = net(torch.randn(4, 1, 8, 8))
+    o.build(f, f)
+    assert len(o.losses) == 2
+    y = torch.zeros(4, dtype=torch.long)
+    torch.testing.assert_close(100 * o(f, f, y, first=True) + torch.nn.functional.cross_entropy(f["logits"], y) + 25 * o.losses["1-RKDDistance"](f["fc:input"], f["fc:input"]), o(f, f, y))
+
+
+def test_crd_remembers_the_samples_that_are_used_by_their_place():
+    """100 of the 1,000 images: memories of 100 rows, and negatives of other classes only."""
+    data = load("digits")
+    few = few_per_class(data.train_labels, 10, seed=0)
+    row = Row("CRD", (Term("CRD", .8, options={"negatives": 16, "classes": True}),))
+    learner = Learner(create("resnet8x0.5", 10, 1), row, Schedule(1, 50))
+    fit([learner], Batches(data, 50, 0, few), 1, create("resnet8", 10, 1))
+    crd = learner.objective.losses["0-CRD"]
+    assert crd.memory_s.shape == (100, 128)
+    drawn = crd.other_classes(torch.arange(100), 16)
+    labels = data.train_labels[few]
+    assert (labels[drawn] != labels[:, None]).all()
+    again = Learner(create("resnet8x0.5", 10, 1), row, Schedule(1, 50))
+    again.build(next(Batches(data, 50, 0, few).epoch(0))[1][:2], {"fc:input": torch.randn(2, 64)}, labels)
+    again.load(learner.state())
+    assert all(torch.equal(a, b) for a, b in zip(again.objective.buffers(), learner.objective.buffers()))
+
+
+def test_starting_weights_make_every_term_pull_alike():
+    data, student, teacher = load("digits"), create("resnet8x0.5", 10, 1), create("resnet8", 10, 1, seed=1)
+    batches = [b for _, b in zip(range(2), Batches(data, 32, 0).epoch(0))]
+    terms = [RKD_D, RKD_A, Term("AT", 1., "layer1", "layer1"), Term("FitNet", 1., "layer2", "layer2"), Term("AT", 1., ("avgpool",), ("avgpool",))]
+    before = {k: v.clone() for k, v in student.state_dict().items()}
+    found = starting_weights(terms, student, teacher, batches)
+    assert all(torch.equal(v, student.state_dict()[k]) for k, v in before.items()) and teacher.training
+    assert found[-1].weight == float("inf"), "a loss without a gradient has no weight"
+    half = starting_weights(terms, student, teacher, batches, share=.5)
+    assert all(.5 * a.weight == pytest.approx(b.weight) for a, b in zip(found[:-1], half))
+    again = starting_weights(found[:-1], student, teacher, batches)
+    assert [t.weight for t in again] == pytest.approx([t.weight for t in found[:-1]]) and [t.loss for t in again] == [t.loss for t in terms[:-1]]
+
+
+def test_every_row_of_every_table_can_be_built():
+    """One step of each row on small images, first stages included; the layers of the real networks are asked by name."""
+    for name in ("cifar100/paper", "cifar100/crd", "cifar100/crd-vgg", "digits/losses", "digits/balanced"):
+        r = recipe(name)
+        for row in r.rows:
+            o = Objective(row)
+            Features(create(r.student, 10, 3), o.student_layers)
+            Features(create(r.teacher, 10, 3), o.teacher_layers)
+    small, large, x, y = create("resnet8", 10, 1), create("resnet14", 10, 1, seed=1).eval(), torch.randn(10, 1, 8, 8), torch.arange(10)
+    for row in recipe("digits/losses").rows:
+        o = Objective(row)
+        s = Features(small, o.student_layers)(x)
+        with torch.no_grad():
+            t = Features(large, o.teacher_layers)(x) if o.teacher_layers else {}
+        o.build(s, t, y.repeat(3))
+        total = o(s, t, y, y)
+        if row.first:
+            total = total + o(s, t, y, y, first=True)
+        total.backward()
+        assert total.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in small.parameters())
+        small.zero_grad()
 
 
 def test_evaluation_does_not_depend_on_the_batch_size():
