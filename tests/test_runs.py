@@ -353,7 +353,7 @@ def test_every_row_of_a_cifar_recipe_takes_a_step(name):
     swap = (lambda l: {"layer4": "layer3", "layer3": "layer2", "layer2": "layer1"}.get(l, l)) if teacher == "resnet20" else (lambda l: l)
     from dataclasses import replace
 
-    rows = [replace(row, terms=tuple(replace(t, teacher=swap(t.teacher) if isinstance(t.teacher, str) else tuple(map(swap, t.teacher))) for t in row.terms)) for row in r.rows]
+    rows = [replace(row, first_epochs=min(1, row.first_epochs), terms=tuple(replace(t, teacher=swap(t.teacher) if isinstance(t.teacher, str) else tuple(map(swap, t.teacher))) for t in row.terms)) for row in r.rows]
     learners = [Learner(create(student, 10), row, replace(r.schedule, epochs=1, batch_size=12)) for row in rows]
     fit(learners, Batches(Dataset("x", x, y, x[:8], y[:8], tuple(range(10))), 12, 0), 1, create(teacher, 10))
     assert all(l.epochs[0]["loss"] is not None for l in learners)
