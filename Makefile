@@ -8,7 +8,7 @@ READY  := $(VENV)/.ready
 JOBS   ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); [ $$n -gt 4 ] && n=4; echo $$n)
 RUN    := @OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help setup demo test test-all lab export notebooks readme clean
+.PHONY: help setup demo test test-all bench lab export notebooks readme clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -39,6 +39,9 @@ test: $(READY)  ## what CI runs: notebooks in step and clean, every notebook exe
 
 test-all: $(READY)  ## the same with the cells flagged slow (add FLAGS="slow cuda" where there is a GPU)
 	$(RUN) $(BIN)/python -m pytest -n $(JOBS) --flags "$(or $(FLAGS),slow)"
+
+bench: $(READY)  ## time the losses against the usual code; records in figures/records/bench
+	@$(BIN)/relkd bench
 
 lab: $(READY)  ## JupyterLab on nbs/
 	@$(BIN)/jupyter lab --notebook-dir=nbs

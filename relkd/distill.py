@@ -72,7 +72,7 @@ PAPER_ROWS = (
     Row('HKD + RKD-DA', (HKD, RKD_D, RKD_A)),
 )
 
-# %% ../nbs/lab/03_distill.ipynb #160fa685
+# %% ../nbs/lab/03_distill.ipynb #5313542d
 def _names(layer): return (layer,) if isinstance(layer, str) else tuple(layer)
 def _pick(features, layer): return features[layer] if isinstance(layer, str) else [features[n] for n in layer]
 def _all(layers): return tuple(dict.fromkeys(n for l in layers for n in _names(l)))
@@ -99,9 +99,16 @@ class Objective(nn.Module):
 
     def _key(self, term): return f'{[replace(t, weight=1.) for t in (*self.row.terms, *self.row.first)].index(replace(term, weight=1.))}-{term.loss}'
 
+    @staticmethod
+    def _of_teacher(loss, teacher, layer):
+        "What `loss` reads of the teacher; a loss with `of_teacher` shares that among all students of the batch."
+        if not hasattr(loss, 'of_teacher') or not isinstance(layer, str): return _pick(teacher, layer)
+        if (layer, loss.of_teacher) not in teacher: teacher[layer, loss.of_teacher] = loss.of_teacher(teacher[layer])
+        return teacher[layer, loss.of_teacher]
+
     def forward(self,
         student:dict,              # layer -> tensor, of the student
-        teacher:dict,              # layer -> tensor, of the teacher; empty if no term reads it
+        teacher:dict,              # layer -> tensor, of the teacher; empty if no term reads it. What losses share of it is kept in it
         labels:torch.Tensor,       # (B,)
         index:torch.Tensor=None,   # (B,) which of the training samples these are, from 0 to n - 1
         first:bool=False,          # the first stage?
@@ -111,7 +118,7 @@ class Objective(nn.Module):
             loss = self.losses[self._key(term)]
             f = loss.prepare if first and hasattr(loss, 'prepare') else loss
             more = {'index': index} if 'index' in inspect.signature(loss.forward).parameters else {}
-            total = total + term.weight * f(_pick(student, term.student), _pick(teacher, term.teacher), **more)
+            total = total + term.weight * f(_pick(student, term.student), self._of_teacher(loss, teacher, term.teacher), **more)
         return total
 
 # %% ../nbs/lab/03_distill.ipynb #ce68a30e

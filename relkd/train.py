@@ -82,7 +82,7 @@ class Schedule:
         course = f'warm-up {self.warmup:g}, cosine' if self.cosine else f'times {self.gamma:g} at {", ".join(map(str, self.milestones)) or "no epoch"}'
         return f'{self.epochs} epochs, batch {self.batch_size}, SGD {self.lr:g} (momentum {self.momentum:g}{" Nesterov" if self.nesterov else ""}, decay {self.weight_decay:g}), {course}'
 
-# %% ../nbs/lab/04_train.ipynb #e89a5a8c
+# %% ../nbs/lab/04_train.ipynb #cbd88060
 class Learner:
     "A network in training with its objective, optimiser and schedule. Equal seeds give equal results, alone or beside others."
     def __init__(self,
@@ -108,6 +108,11 @@ class Learner:
             self.objective.build(self.read(x), teacher, labels).to(x.device)
         self.model.train(was_training); self._new_optimiser()
 
+    def divide(self, rank, processes):
+        "Of the losses that every process would compute whole, each takes its share."
+        for m in self.objective.modules():
+            if hasattr(m, 'anchors'): m.anchors = rank, processes
+
     def _new_optimiser(self):
         s, parameters = self.schedule, [p for p in (*self.model.parameters(), *self.objective.parameters()) if p.requires_grad]
         self.optimiser = torch.optim.SGD(parameters, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay, nesterov=s.nesterov, fused=parameters[0].is_cuda)
@@ -131,7 +136,8 @@ class Learner:
 
     def end_epoch(self, fabric, data, test:bool):
         "Mean training loss of the epoch and, if `test`, the test accuracy, appended to `epochs`."
-        loss = torch.stack(self._losses).mean().item(); self._losses = []
+        loss = torch.stack(self._losses).mean(); self._losses = []
+        loss = (loss if fabric.world_size == 1 else fabric.all_reduce(loss, reduce_op='mean')).item()
         figures = {'epoch': len(self.epochs) + 1, 'loss': loss if math.isfinite(loss) else None}
         if test: figures['accuracy'] = evaluate(self.model, data, fabric=fabric)
         self.epochs.append(figures)
@@ -225,7 +231,7 @@ def asked_by_any(
     if fabric.world_size == 1: return due
     return end_of_epoch and fabric.all_reduce(torch.tensor(float(due), device=fabric.device), reduce_op='sum').item() > 0
 
-# %% ../nbs/lab/04_train.ipynb #e21291f8
+# %% ../nbs/lab/04_train.ipynb #15943e72
 def fit(
     learners:list,          # of Learner
     batches,                # Batches; its data also give the test images
@@ -250,7 +256,7 @@ def fit(
         with torch.no_grad(), fabric.autocast(): return read(x)
 
     example = next(batches.epoch(0))[1][:2]; of_teacher = look(example)   # for the shapes
-    for l in learners: l.build(example, of_teacher, batches.data.train_labels[batches.index]); l.model.train()
+    for l in learners: l.build(example, of_teacher, batches.data.train_labels[batches.index]); l.divide(fabric.global_rank, fabric.world_size); l.model.train()
     place = torch.zeros(int(batches.index.max()) + 1, dtype=torch.long, device=batches.index.device)
     place[batches.index] = torch.arange(len(batches.index), device=place.device)    # of each sample among those that are used
     first = max(l.row.first_epochs for l in learners)                     # epochs -first .. -1 are first stages

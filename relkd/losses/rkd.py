@@ -5,16 +5,24 @@
 # %% auto #0
 __all__ = ['RKDDistance', 'RKDAngle', 'RKD']
 
-# %% ../../nbs/losses/00_rkd.ipynb #16dbd998
+# %% ../../nbs/losses/00_rkd.ipynb #e929ddb7
 import torch
 from torch import nn
 import torch.nn.functional as F
 
-from ..relations import angles, as_pair, pdist
+from .angle import Sides, angle_loss, sides
+from ..relations import as_pair, pdist
 
-# %% ../../nbs/losses/00_rkd.ipynb #5c749da6
+# %% ../../nbs/losses/00_rkd.ipynb #7086557d
+def _pair(student, teacher, least, loss):
+    if not isinstance(teacher, Sides): return as_pair(student, teacher, least, loss)
+    student, _ = as_pair(student, student, least, loss)
+    if len(student) != len(teacher.q): raise ValueError(f"{loss} needs student and teacher embeddings of the same samples; got N = {len(student)} and the sides of N = {len(teacher.q)}")
+    return student, teacher
+
 class RKDDistance(nn.Module):
     "Distance-wise loss RKD-D: Huber loss of the pairwise distances, each divided by its batch mean (Park et al. 2019, Sec. 3.2)."
+    of_teacher = staticmethod(sides)   # all that is read of a teacher: may be computed once for many students
     def __init__(self,
         distinct:bool=False, # mean over pairs of distinct samples (the paper's) instead of all N^2 (the authors' code)
     ):
@@ -23,52 +31,55 @@ class RKDDistance(nn.Module):
 
     def forward(self,
         student:torch.Tensor, # (N, D_S), receives the gradient
-        teacher:torch.Tensor, # (N, D_T), receives none; N the same
+        teacher,              # (N, D_T), receives none, or its Sides; N the same
     ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 2
-        student, teacher = as_pair(student, teacher, 2, 'RKDDistance')
+        student, teacher = _pair(student, teacher, 2, 'RKDDistance')
         n = len(student)
         def relative(d): return d / (d.sum() / (n * (n - 1)))
-        loss = F.smooth_l1_loss(relative(pdist(student)), relative(pdist(teacher)))
+        of_teacher = teacher.q.sqrt().to(student.dtype) if isinstance(teacher, Sides) else pdist(teacher)
+        loss = F.smooth_l1_loss(relative(pdist(student)), relative(of_teacher))
         return loss * (n / (n - 1)) if self.distinct else loss
 
     def extra_repr(self): return f'distinct={self.distinct}'
 
-# %% ../../nbs/losses/00_rkd.ipynb #18254903
+# %% ../../nbs/losses/00_rkd.ipynb #aa4d3e57
 class RKDAngle(nn.Module):
-    "Angle-wise loss RKD-A: Huber loss of the cosines at every vertex (Park et al. 2019, Sec. 3.2)."
+    "Angle-wise loss RKD-A: Huber loss of the cosines at every vertex, in memory of order N^2 (Park et al. 2019, Sec. 3.2)."
+    of_teacher = staticmethod(sides)
     def __init__(self,
         distinct:bool=False, # mean over triplets of distinct samples (the paper's) instead of all N^3 (the authors' code)
+        compiled:bool=False, # fuse the inner loop with torch.compile: needs a compiler, and some seconds at the first call
     ):
         super().__init__()
-        self.distinct = distinct
+        self.distinct, self.compiled = distinct, compiled
+        self.anchors = 0, 1   # (rank, R): of R processes that see the same batch each takes every R-th vertex; the loss is the mean of theirs
 
     def forward(self,
         student:torch.Tensor, # (N, D_S), receives the gradient
-        teacher:torch.Tensor, # (N, D_T), receives none; N the same
+        teacher,              # (N, D_T), receives none, or its Sides; N the same
     ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 3
-        student, teacher = as_pair(student, teacher, 3, 'RKDAngle')
-        s, t = angles(student), angles(teacher)
-        if not self.distinct: return F.smooth_l1_loss(s, t)
-        n, same = len(s), torch.eye(len(s), dtype=torch.bool, device=s.device)   # i = k is 1 in both, unless points coincide
-        return F.smooth_l1_loss(s.masked_fill(same, 0), t.masked_fill(same, 0), reduction='sum') / (n * (n - 1) * (n - 2))
+        student, teacher = _pair(student, teacher, 3, 'RKDAngle')
+        return angle_loss(student, teacher, self.distinct, self.anchors, self.compiled)
 
     def extra_repr(self): return f'distinct={self.distinct}'
 
-# %% ../../nbs/losses/00_rkd.ipynb #503ecb2b
+# %% ../../nbs/losses/00_rkd.ipynb #f1602abe
 class RKD(nn.Module):
     "RKD-DA: `w_distance` times the distance-wise plus `w_angle` times the angle-wise loss (Park et al. 2019, Sec. 3.2)."
+    of_teacher = staticmethod(sides)
     def __init__(self,
         w_distance:float=25.,  # weight of RKDDistance; 25 in classification, 1 in metric learning
         w_angle:float=50.,     # weight of RKDAngle; 50 in classification, 2 in metric learning
         distinct:bool=False,   # means over distinct tuples, as the paper defines them
+        compiled:bool=False,   # of RKDAngle
     ):
         super().__init__()
         self.w_distance, self.w_angle = w_distance, w_angle
-        self.distance, self.angle = RKDDistance(distinct), RKDAngle(distinct)
+        self.distance, self.angle = RKDDistance(distinct), RKDAngle(distinct, compiled)
 
     def forward(self,
         student:torch.Tensor, # (N, D_S), receives the gradient
-        teacher:torch.Tensor, # (N, D_T), receives none; N the same
+        teacher,              # (N, D_T), receives none, or its Sides; N the same
     ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 3 (N < 2 if w_angle is 0)
         loss = self.w_distance * self.distance(student, teacher)
         return loss + self.w_angle * self.angle(student, teacher) if self.w_angle else loss

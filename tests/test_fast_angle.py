@@ -1,0 +1,206 @@
+"""The angle loss from sides: equal to the naive form, exact where it is hard, small in memory, shared between processes, and its Triton kernel."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relkd.bench import Held, naive_angle
+from relkd.losses import RKD, RKDAngle, RKDDistance
+from relkd.losses.angle import Sides, _loss_and_gradient, amplification, angle_loss, sides
+from relkd.relations import angles
+
+
+def naive(s, t, distinct=False):
+    a, b, n = angles(s), angles(t), len(s)
+    if not distinct:
+        return F.smooth_l1_loss(a, b)
+    i = torch.arange(n)
+    apart = (i[:, None, None] != i[:, None]) & (i[:, None, None] != i) & (i[:, None] != i)
+    return F.smooth_l1_loss(a[apart], b[apart])
+
+
+def both(f, s, *args):
+    x = s.clone().requires_grad_()
+    value = f(x, *args)
+    value.backward()
+    return value.detach(), x.grad
+
+
+def assert_close(mine, theirs, tolerance):
+    (a, ga), (b, gb) = mine, theirs
+    assert abs(a - b) <= tolerance * abs(b) + 1e-14 and (ga - gb).norm() <= tolerance * gb.norm() + 1e-12
+
+
+def draw(n, d, seed, dtype=torch.float64):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@settings(max_examples=40)
+@given(st.integers(3, 12), st.integers(2, 6), st.integers(1, 6), st.booleans(), st.integers(0, 10**6))
+def test_value_and_gradient_of_the_naive_form(n, ds, dt, distinct, seed):
+    s, t = draw(n, ds, seed), draw(n, dt, seed + 1)
+    assert_close(both(RKDAngle(distinct), s, t), both(naive, s, t, distinct), 1e-9)
+
+
+@pytest.mark.parametrize("n", [63, 64, 65, 97, 130])
+def test_tiles_and_blocks_of_every_shape(n):
+    s, t = draw(n, 5, 0), draw(n, 9, 1)
+    expected = both(naive, s, t)
+    assert_close(both(angle_loss, s, t), expected, 1e-11)
+    assert_close(both(angle_loss, s.float(), t.float()), expected, 1e-6)
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_duplicates_in_one_network_or_both(distinct):
+    s, t = draw(9, 4, 0), draw(9, 4, 1)
+    s[1], t[3], s[5], t[5] = s[0], t[2], s[4], t[4]
+    assert_close(both(RKDAngle(distinct), s, t), both(naive, s, t, distinct), 1e-11)
+
+
+def test_more_than_a_right_angle_apart():
+    """Where cosines differ by more than 1 the Huber loss is linear."""
+    s, t = draw(8, 2, 3), draw(8, 2, 4)
+    assert (angles(s) - angles(t)).abs().max() > 1.5
+    assert_close(both(RKDAngle(), s, t), both(naive, s, t), 1e-11)
+
+
+def hard(name, n=96, d=48):
+    s, t, centres, which = draw(n, d, 0), draw(n, d, 1), 3 * draw(10, d, 2), torch.arange(n) % 10
+    if name == "relu, far":
+        return (10 + .1 * s).relu(), (10 + .1 * t).relu()
+    if name == "classes":
+        return centres[which] + s, centres[which] + .5 * t
+    if name.startswith("near"):
+        return centres[which] + float(name.split()[1]) * s, t
+    if name == "duplicates":
+        s[1::2] = s[::2]
+    if name == "outlier":
+        s[0] *= 1e4 / s[0].norm()
+    return s, t
+
+
+@pytest.mark.parametrize("name", ["random", "relu, far", "classes", "near 1e-2", "near 1e-3", "near 1e-4", "near 1e-6", "duplicates", "outlier"])
+def test_never_worse_than_four_times_the_naive_float32_code(name):
+    s, t = (x.float() for x in hard(name))
+    exact_value, exact_gradient = both(naive, s.double(), t.double())
+
+    def errors(f):
+        value, gradient = both(f, s, t)
+        return abs(value - exact_value) / exact_value, (gradient - exact_gradient).norm() / exact_gradient.norm()
+
+    for ours, theirs in zip(errors(angle_loss), errors(naive_angle)):
+        assert ours <= 4 * max(theirs, 6e-8), f"{ours:.1e} against {theirs:.1e}"
+
+
+@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1e6, 1e18])
+def test_the_scale_does_not_matter(scale):
+    s, t = draw(20, 6, 0, torch.float32), draw(20, 6, 1, torch.float32)
+    value, gradient = both(angle_loss, s, t)
+    scaled, of_scaled = both(angle_loss, scale * s, t)
+    torch.testing.assert_close(scaled, value, rtol=1e-5, atol=0)
+    torch.testing.assert_close(of_scaled * scale, gradient, rtol=1e-3, atol=1e-8)
+
+
+def test_a_pair_that_is_all_but_equal_has_no_direction_and_no_exploding_gradient():
+    s, t = draw(12, 4, 0), draw(12, 4, 1)
+    s[1] = s[0] + 1e-12
+    assert both(angle_loss, s, t)[1].abs().max() < 1
+    assert amplification(sides(draw(64, 16, 0)).q).max() < 4 and sides(s).q[0, 1] == 0
+
+
+def test_sides_stand_for_the_teacher():
+    s, t = draw(10, 4, 0, torch.float32), draw(10, 7, 1, torch.float32)
+    for loss in (RKDDistance(), RKDAngle(), RKD(), RKD(distinct=True)):
+        assert_close(both(loss, s, sides(t)), both(loss, s, t), 2e-6)
+    assert sides(t.view(10, 7, 1, 1)).q.equal(sides(t).q) and not sides(t.requires_grad_()).q.requires_grad
+    with pytest.raises(ValueError, match="RKDAngle needs student and teacher embeddings of the same samples; got N = 9 and the sides of N = 10"):
+        RKDAngle()(s[:9], sides(t))
+    with pytest.raises(ValueError, match=r"teacher must have shape \(N, D\)"):
+        sides(torch.zeros(3))
+    assert isinstance(sides(t), Sides)
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 7])
+def test_the_mean_over_ranks_is_the_loss(ranks):
+    s, t = draw(20, 4, 0), draw(20, 6, 1)
+    shares = []
+    for rank in range(ranks):
+        loss = RKD()
+        loss.angle.anchors = rank, ranks
+        shares.append(both(loss, s, t))
+    assert_close([sum(x[i] for x in shares) / ranks for i in (0, 1)], both(RKD(), s, t), 1e-11)
+
+
+def test_a_second_derivative_is_refused():
+    s, t = draw(8, 3, 0).requires_grad_(), draw(8, 3, 1)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(RKDAngle()(s, t), s, create_graph=True)
+
+
+def test_custom_operator_is_registered_as_torch_wants_it():
+    torch.library.opcheck(torch.ops.relkd.angle_loss.default, (draw(6, 3, 0).requires_grad_(), draw(6, 3, 1), False, False, 0, 1, False), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+
+
+def test_memory_is_of_order_n_squared():
+    held = {}
+    for n in (128, 256):
+        s, t = draw(n, 64, 0, torch.float32), draw(n, 64, 1, torch.float32)
+        with Held(s, t) as mine:
+            _loss_and_gradient(s, t, False, False, 0, 1, False)
+        held[n] = mine.peak
+    x = draw(128, 64, 0, torch.float32).requires_grad_()
+    with Held(x) as theirs:
+        naive_angle(x, draw(128, 64, 1, torch.float32)).backward()
+    assert held[256] < 8 * 2**20 and held[128] < theirs.peak / 4
+
+
+def test_compiled_blocks_are_equal(flags):
+    if "slow" not in flags:
+        pytest.skip("torch.compile takes long: --flags slow")
+    s, t = draw(100, 8, 0, torch.float32), draw(100, 8, 1, torch.float32)
+    assert_close(both(RKDAngle(compiled=True), s, t), both(RKDAngle(), s, t), 1e-6)
+
+
+def test_the_triton_kernel_in_its_interpreter():
+    pytest.importorskip("triton")
+    code = """
+import torch
+from relkd.losses.angle import _cube, _measure
+from relkd.losses.angle_triton import cube
+g = torch.Generator().manual_seed(0)
+for n, anchors in ((19, torch.arange(19)), (33, torch.arange(1, 33, 4))):
+    q, z = (_measure(torch.randn(n, 5, generator=g))[1] for _ in range(2))
+    for exact in (torch.zeros(len(anchors), dtype=torch.bool), torch.arange(len(anchors)) % 3 == 0, torch.ones(len(anchors), dtype=torch.bool)):
+        for a, b in zip(cube(q, z, anchors, exact), _cube(q, z, anchors, torch.float64, False)):
+            assert (a - b).abs().max() <= (1e-12 if exact.all() else 1e-6) * b.abs().max(), (n, (a - b).abs().max())
+print('equal')
+"""
+    env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, cwd=Path(__file__).parents[1])
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", ["random", "classes", "near 1e-3", "duplicates"])
+def test_on_a_gpu_as_on_a_cpu(name):
+    s, t = (x.float() for x in hard(name))
+    value, gradient = both(angle_loss, s.cuda(), t.cuda())
+    again = both(angle_loss, s.cuda(), t.cuda())
+    assert torch.equal(value, again[0]) and torch.equal(gradient, again[1])
+    assert_close((value.cpu(), gradient.cpu()), both(naive, s.double(), t.double()), 1e-5)
+
+
+def test_benchmarks_write_records_that_tables_read(tmp_path):
+    from relkd.bench import angle_benchmark, benchmark_ratios, benchmark_table, load_benchmarks
+
+    with pytest.raises(ValueError, match="make them with `relkd bench`"):
+        load_benchmarks(tmp_path)
+    record = angle_benchmark(tmp_path, [16, 48], D=8, seconds=.01, compiled=False, naive_to=16)
+    assert load_benchmarks(tmp_path) == [record]
+    assert list(benchmark_table(record).index) == [16, 48] and benchmark_table(record, "MiB").loc[16, "ours"] > 0 and benchmark_ratios(record).loc[("RKD-A", "16"), "naive"] > 0
