@@ -157,7 +157,7 @@ def test_memory_is_of_order_n_squared():
     x = draw(128, 64, 0, torch.float32).requires_grad_()
     with Held(x) as theirs:
         naive_angle(x, draw(128, 64, 1, torch.float32)).backward()
-    assert held[256] < 8 * 2**20 and held[128] < theirs.peak / 4
+    assert held[256] < 16 * 2**20 and held[128] < theirs.peak / 4
 
 
 def test_compiled_blocks_are_equal(flags):

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['LIMIT', 'Sides', 'sides', 'amplification', 'angle_loss']
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #7e0b5046
+# %% ../../nbs/losses/21_fast_angle.ipynb #dfb58c14
+import threading
 from typing import NamedTuple
 
 import torch
 
 from ..relations import as_points, full_precision
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #da0d7503
+# %% ../../nbs/losses/21_fast_angle.ipynb #a16e168c
 class Sides(NamedTuple):
     "The squared distances of a batch: all that RKD's losses need of a teacher, so that one teacher serves many students."
     q:torch.Tensor # (N, N), float64, 0 for equal points; mean 1 unless all points are equal
@@ -20,13 +21,13 @@ class Sides(NamedTuple):
 def _measure(e):
     "Points centred and scaled, their squared distances, and the scale; all in float64."
     e = e.double(); e = e - e.mean(0)
+    scale = (2 * e.square().sum() / len(e)).sqrt(); scale = torch.where(scale > 0, scale, 1.)              # the mean of all q is 2 / N times the sum of the squares
+    e.div_(scale)
     gram = e @ e.t(); norm2 = gram.diagonal()
     q = (norm2[:, None] + norm2[None]).sub_(gram, alpha=2); del gram
-    q.fill_diagonal_(float('inf')); rough = q.min() < 1e-6 * norm2.max() if not e.is_cuda else True    # on a GPU asking would cost more than doing
-    if rough: q = torch.cdist(e, e, compute_mode='donot_use_mm_for_euclid_dist').square_()
-    q.fill_diagonal_(0)
-    scale = q.mean().sqrt(); scale = torch.where(scale > 0, scale, 1.)
-    q = q.div_(scale**2); return e.div_(scale), q.masked_fill_(q < 1e-16, 0), scale
+    if e.is_cuda or q.fill_diagonal_(float('inf')).min() < 1e-6 * norm2.max():                             # on a GPU asking would cost more than doing
+        q = torch.cdist(e, e, compute_mode='donot_use_mm_for_euclid_dist').square_(); q.masked_fill_(q < 1e-16, 0)
+    return e, q.fill_diagonal_(0), scale
 
 def sides(
     e:torch.Tensor, # (N, D) embeddings, or (N, C, H, W), which is flattened
@@ -35,24 +36,25 @@ def sides(
     e = as_points(e.flatten(1) if isinstance(e, torch.Tensor) and e.dim() > 2 else e, 'teacher').detach()
     with torch.no_grad(), full_precision(e): return Sides(_measure(e)[1])
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #7ba48909
+# %% ../../nbs/losses/21_fast_angle.ipynb #23c185db
 LIMIT = 4.   # amplification of rounding up to which an anchor is computed in float32
 
-def _inverse(q): return torch.where(q > 0, q.rsqrt(), 0.)     # 1 / distance; 0 without a direction
+def _inverse(q): return q.rsqrt().masked_fill_(q == 0, 0)     # 1 / distance; 0 without a direction
 
 def amplification(
     q:torch.Tensor, # (N, N) squared distances
 ) -> torch.Tensor: # (N,), 1 and more
     "How much the cosines at each vertex amplify rounding: root mean square ratio of its sides."
-    return (q.sum(1) * torch.where(q > 0, 1 / q, 0.).sum(1)).sqrt() / len(q)
+    return (q.sum(1) * q.reciprocal().masked_fill_(q == 0, 0).sum(1)).sqrt() / len(q)
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #a365e7bd
-def _tile(pi, pk, ri, rk, q, ti, tk, ui, uk, z):
+# %% ../../nbs/losses/21_fast_angle.ipynb #8b0323e8
+def _tile(pi, pk, ri, rk, q, ti, tk, ui, uk, z, on_diagonal):
     "A tile as one expression: near sides and inverse distances (b, I) and (b, K), far sides (I, K), of the student and of the teacher. For torch.compile."
     W, X = ri[:, :, None] * rk[:, None], pi[:, :, None] + pk[:, None] - q
     delta = W * X - ui[:, :, None] * uk[:, None] * (ti[:, :, None] + tk[:, None] - z)
     h = delta.clamp(-1, 1); V = h * W; A = V * X
-    return (h * (delta - .5 * h)).sum(), V.sum(0), V.sum(2), A.sum(2), V.sum(1), A.sum(1)
+    both = (h * (delta - .5 * h)).sum(), V.sum(0), V.sum(2), A.sum(2)
+    return both if on_diagonal else (*both, V.sum(1), A.sum(1))
 
 _compiled = []
 def _fused():
@@ -60,11 +62,15 @@ def _fused():
     if not _compiled: _compiled.append(torch.compile(_tile, dynamic=True))
     return _compiled[0]
 
+_kept = threading.local()
 class _Buffers:
-    "The same tile with every intermediate in memory that is used again."
-    def __init__(self, like, size): self.store = torch.empty(4, size, dtype=like.dtype, device=like.device)
+    "The same tile with every intermediate in memory that is used again, by the next block and by the next call: fresh memory would cost more than the arithmetic."
+    def __init__(self, like, size):
+        kept, key = _kept.__dict__, (like.dtype, like.device)
+        if key not in kept or kept[key].shape[1] < size: kept[key] = torch.empty(4, size, dtype=like.dtype, device=like.device)
+        self.store = kept[key]
 
-    def __call__(self, pi, pk, ri, rk, q, ti, tk, ui, uk, z):
+    def __call__(self, pi, pk, ri, rk, q, ti, tk, ui, uk, z, on_diagonal):
         shape = len(pi), pi.shape[1], pk.shape[1]
         W, E, X, H = (b[:shape[0] * shape[1] * shape[2]].view(shape) for b in self.store)
         torch.mul(ui[:, :, None], uk[:, None], out=E); E.mul_(z)                                           # minus the teacher's cosine:
@@ -75,9 +81,10 @@ class _Buffers:
         torch.clamp(E, -1, 1, out=H)
         E.sub_(H, alpha=.5).mul_(H); loss = E.sum()
         H.mul_(W); X.mul_(H)                                                                               # V and V X
-        return loss, H.sum(0), H.sum(2), X.sum(2), H.sum(1), X.sum(1)
+        both = loss, H.sum(0), H.sum(2), X.sum(2)
+        return both if on_diagonal else (*both, H.sum(1), X.sum(1))
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #40f62abc
+# %% ../../nbs/losses/21_fast_angle.ipynb #dd25e5d5
 def _cube(
     q, z,       # (N, N) squared distances of the student and of the teacher
     anchors,    # (A,) which vertices
@@ -86,7 +93,7 @@ def _cube(
 ): # sum of the Huber losses, float64; M (N, N), v (A, N), w (A, N) in `dtype`
     "All cosines at these vertices, compared and differentiated, a block at a time."
     n, a = len(q), len(anchors); parts = max(1, round(n / 64)); side = -(-n // parts)
-    block = max(1, min(a, 2**20 // dtype.itemsize // side**2))
+    block = max(1, min(a, 2**21 // dtype.itemsize // side**2))
     q, z = q.to(dtype), z.to(dtype); r, u = _inverse(q).mul_(.5**.5), _inverse(z).mul_(.5**.5)             # the factor 1/2 of the law of cosines
     one = _fused() if compiled else _Buffers(q, block * side * side)
     M, v, w, loss = torch.zeros_like(q), q.new_zeros(a, n), q.new_zeros(a, n), torch.zeros((), dtype=torch.float64, device=q.device)
@@ -95,13 +102,12 @@ def _cube(
         J = anchors[j:j + block]; p, t, rj, uj = q[J], z[J], r[J], u[J]; vj, wj = v[j:j + block], w[j:j + block]
         for x, I in enumerate(cuts):
             for K in cuts[x:]:
-                l, m, vi, wi, vk, wk = one(p[:, I], p[:, K], rj[:, I], rj[:, K], q[I, K], t[:, I], t[:, K], uj[:, I], uj[:, K], z[I, K])
-                M[I, K] += m; vj[:, I] += vi; wj[:, I] += wi
-                if I is K: loss += l
-                else: loss += 2 * l; M[K, I] += m.t(); vj[:, K] += vk; wj[:, K] += wk
+                l, m, vi, wi, *other = one(p[:, I], p[:, K], rj[:, I], rj[:, K], q[I, K], t[:, I], t[:, K], uj[:, I], uj[:, K], z[I, K], I is K)
+                M[I, K] += m; vj[:, I] += vi; wj[:, I] += wi; loss += l if I is K else 2 * l
+                if other: M[K, I] += m.t(); vj[:, K] += other[0]; wj[:, K] += other[1]
     return loss, M, v, w
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #3edacd38
+# %% ../../nbs/losses/21_fast_angle.ipynb #9ff9541a
 def _triton(e):
     "The Triton kernel for the device of `e`, or None."
     if not e.is_cuda: return None
@@ -114,8 +120,10 @@ def _loss_and_gradient(student:torch.Tensor, teacher:torch.Tensor, known:bool, d
     with full_precision(student):
         e, q, scale = _measure(student); z = teacher if known else _measure(teacher)[1]
         anchors = torch.arange(start, n, step, device=e.device)
-        rough = torch.maximum(amplification(q), amplification(z))[anchors] > LIMIT
+        rough = torch.maximum(amplification(q), amplification(z))[start::step] > LIMIT
         if student.dtype == torch.float64: rough = torch.ones_like(rough)
+        diagonal = .5 * ((q[anchors] > 0) != (z[anchors] > 0)).sum() if distinct else 0.                   # i = k: the cosine is 1 or, without a direction, 0
+        if not e.is_cuda and not rough.any(): q, z = q.float(), z.float()                                  # from here on float32 will do
         if (kernel := _triton(e)): loss, M, v, w = kernel(q, z, anchors, rough)
         elif not rough.any(): loss, M, v, w = _cube(q, z, anchors, torch.float32, compiled)
         elif rough.all(): loss, M, v, w = _cube(q, z, anchors, torch.float64, compiled)
@@ -124,10 +132,10 @@ def _loss_and_gradient(student:torch.Tensor, teacher:torch.Tensor, known:bool, d
             for which, dtype in ((~rough, torch.float32), (rough, torch.float64)):
                 l, m, *near = _cube(q, z, anchors[which], dtype, compiled)
                 loss, M = loss + l, M + m.double(); v[which], w[which] = (x.double() for x in near)
-        S = M.double().neg_(); S[anchors] += 2 * v - w * torch.where(q > 0, 1 / q, 0.)[anchors]
-        S += S.t().clone()
-        gradient = (S.sum(1, keepdim=True) * e - S @ e) * 2 / scale
-        if distinct: loss = loss - .5 * ((q[anchors] > 0) != (z[anchors] > 0)).sum()                      # i = k: the cosine is 1 or, without a direction, 0
+        del z; S = M.neg_().to(q.dtype); S[anchors] += v.mul_(2).sub_(w.mul_(q[anchors].reciprocal_().masked_fill_(q[anchors] == 0, 0)))
+        del M, v, w, q; S += S.t().clone(); gradient = torch.empty_like(e)
+        for i in range(0, n, 512): rows = S[i:i + 512].double(); gradient[i:i + 512] = (rows.sum(1, keepdim=True) * e[i:i + 512] - rows @ e) * 2 / scale
+        loss = loss - diagonal
         count = (n * (n - 1) * (n - 2) if distinct else n**3) / step                                       # each of `step` processes has its share of the anchors
         return (loss / count).to(student.dtype), (gradient / count).to(student.dtype)
 
