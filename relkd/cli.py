@@ -32,16 +32,21 @@ def numbers(text:str) -> list:
     try: return [n for part in text.split(',') for n in (range(int(part.split('-')[0]), int(part.split('-')[1]) + 1) if '-' in part else [int(part)])]
     except ValueError: raise ValueError(f"--seeds takes numbers like 0,1,5-7; got {text!r}") from None
 
-# %% ../nbs/lab/11_cli.ipynb #c6a06c5a
+# %% ../nbs/lab/11_cli.ipynb #c00ca26b
 app = typer.Typer(name='relkd', help='Relational knowledge distillation, derived and run again.', no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 OUT = typer.Option('figures', help='Folder of records, tables and figures; checkpoints lie in its .runs.')
 DEVICE = typer.Option('auto', help="'auto', 'cpu' or 'cuda'.")
 DATA = typer.Option(None, help='Folder of the data; else RELKD_DATA, else .data.')
 
+def _home(recipe):
+    "The functions run, draw and as_text for this kind of recipe: a few-shot recipe brings its own."
+    import relkd.records
+    home = sys.modules[type(recipe).__module__]
+    return home.run, home.draw, getattr(home, 'as_text', relkd.records.as_text)
+
 def _run_and_print(recipe, out, device, budget=None, part_size=None, root=None):
-    from relkd.recipes import draw, run
-    from relkd.records import as_text
     from relkd.train import Stop, Stopped
+    run, draw, as_text = _home(recipe)
     print(recipe, flush=True); print(flush=True)
     records = []
     try:
@@ -53,7 +58,7 @@ def _run_and_print(recipe, out, device, budget=None, part_size=None, root=None):
     print(); print(as_text(draw(recipe, out)))
     print(f'\n{len(records)} runs; records in {out}/records/{recipe.name}, table and figure {out}/{recipe.name.replace("/", "-")}.csv and .png')
 
-# %% ../nbs/lab/11_cli.ipynb #e4a40ad1
+# %% ../nbs/lab/11_cli.ipynb #38d51cb8
 @app.command()
 def demo(out:str=OUT, device:str=DEVICE):
     "Teach students on real handwritten digits: the RKD paper's rows, eight seeds, about two minutes on two CPU cores."
@@ -65,32 +70,35 @@ def run(
     name:str=typer.Argument(help='Name of the recipe; `relkd recipes` lists them.'),
     rows:Optional[str]=typer.Option(None, help="Only these rows, separated by commas, beside the plain student: 'RKD-D,HKD'."),
     seeds:Optional[str]=typer.Option(None, help="Only these seeds: '0', '0,3', '0-4'."),
-    epochs:Optional[int]=typer.Option(None, help='Cut the schedule to so many epochs, in proportion.'),
+    shots:Optional[str]=typer.Option(None, help="Few-shot: only these shots: '1', '1,5'."),
+    epochs:Optional[int]=typer.Option(None, '--epochs', '--episodes', help='Cut the schedule to so many epochs, or episodes, in proportion.'),
     budget:Optional[str]=typer.Option(None, help="Stop at a checkpoint within this time: '9m', '1h30m'."),
     part_size:Optional[str]=typer.Option(None, help="Write checkpoints in parts of at most this size: '15M'."),
     data:Optional[str]=DATA, out:str=OUT, device:str=DEVICE,
 ):
     "Run what is missing of a recipe, then draw its table. Stopped at any moment, the same command goes on."
     from relkd.recipes import recipe
-    wanted = recipe(name).reduced(rows.split(',') if rows else None, numbers(seeds) if seeds else None, epochs)
+    wanted = recipe(name)
+    if shots and not hasattr(wanted, 'shots'): raise ValueError(f"--shots is for few-shot recipes; {name} is none")
+    wanted = wanted.reduced(rows.split(',') if rows else None, numbers(seeds) if seeds else None, epochs, *([numbers(shots)] if shots else []))
     _run_and_print(wanted, out, device, seconds(budget) if budget else None, size(part_size) if part_size else None, data)
 
 @app.command()
 def table(
     name:str=typer.Argument(help='Name of the recipe.'),
-    epochs:Optional[int]=typer.Option(None, help='Of the schedule cut to so many epochs.'),
+    epochs:Optional[int]=typer.Option(None, '--epochs', '--episodes', help='Of the schedule cut to so many epochs, or episodes.'),
     out:str=OUT,
 ):
     "Draw a table and its figure again from the records, without training."
-    from relkd.recipes import draw, recipe
-    from relkd.records import as_text
-    print(as_text(draw(recipe(name).reduced(epochs=epochs), out)))
+    from relkd.recipes import recipe
+    wanted = recipe(name).reduced(None, None, epochs); _, draw, as_text = _home(wanted)
+    print(as_text(draw(wanted, out)))
 
 @app.command()
 def recipes(name:Optional[str]=typer.Argument(None, help='Show this one whole.')):
     "List the recipes, or show one."
-    from relkd.recipes import RECIPES, recipe
-    print(recipe(name) if name else '\n'.join(f'{n:20} {r.title}' for n, r in RECIPES.items()))
+    from relkd.recipes import FEWSHOT_RECIPES, RECIPES, recipe
+    print(recipe(name) if name else '\n'.join(f'{n:20} {r.title}' for n, r in (RECIPES | FEWSHOT_RECIPES).items()))
 
 @app.command()
 def tensorboard(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'recipe', 'run', 'summary', 'draw']
 
-# %% ../nbs/lab/10_recipes.ipynb #fdd36ea8
+# %% ../nbs/lab/10_recipes.ipynb #89939164
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import torch
 from .data import Batches, few_per_class, flip, load, nearest, pad_crop
 from .distill import HKD, PAPER_ROWS, RKD_A, RKD_D, Objective, Row, Term
 from .features import Features
+from .fewshot import FEWSHOT_RECIPES
 from .models import create
 from .records import check_writable, digest, drop_checkpoint, environment, load_checkpoint, load_records, make_record, save_checkpoint, slug, table, write_atomically, write_record
 from .train import Learner, Saver, Schedule, Stop, fit, make_fabric
@@ -76,7 +77,7 @@ class Recipe:
                  *((f'row {r.name}', str(r)) for r in self.rows), *((('cut down', self.cut),) if self.cut else ())]
         return '\n'.join(f'{k:22} {v}' for k, v in lines)
 
-# %% ../nbs/lab/10_recipes.ipynb #f812dcd6
+# %% ../nbs/lab/10_recipes.ipynb #e41057d0
 def _table4(student_last, teacher_last, student_three, teacher_three):
     fitnet = Term('FitNet', 100., student_last, teacher_last)
     attention = Term('AT', 25., student_three, teacher_three)
@@ -125,11 +126,12 @@ RECIPES = {r.name: r for r in (
 )}
 
 def recipe(
-    name:str, # one of RECIPES
-) -> Recipe:
+    name:str, # one of RECIPES or of FEWSHOT_RECIPES
+): # the Recipe, or FewShotRecipe
     "The recipe of that name. Raises ValueError for an unknown one, naming the nearest."
-    if name not in RECIPES: raise ValueError(nearest('recipe', name, RECIPES))
-    return RECIPES[name]
+    known = RECIPES | FEWSHOT_RECIPES
+    if name not in known: raise ValueError(nearest('recipe', name, known))
+    return known[name]
 
 # %% ../nbs/lab/10_recipes.ipynb #deef22f4
 @dataclass
