@@ -186,6 +186,20 @@ print('equal')
     assert done.stdout.strip() == "equal", done.stderr
 
 
+def test_a_kernel_that_does_not_compile_is_said_once_and_replaced(monkeypatch):
+    from types import SimpleNamespace
+
+    from relkd.losses import angle, angle_triton
+
+    monkeypatch.setattr(angle, "_broken", [])
+    monkeypatch.setattr(angle_triton, "available", lambda: True)
+    monkeypatch.setattr(angle_triton, "cube", lambda *_: 1 / 0)
+    on_gpu = SimpleNamespace(is_cuda=True)
+    with pytest.warns(UserWarning, match="Triton kernel does not run here .ZeroDivisionError"):
+        assert angle._on_gpu(on_gpu, None, None, None) is None
+    assert angle._on_gpu(on_gpu, None, None, None) is None and len(angle._broken) == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("name", ["random", "classes", "near 1e-3", "duplicates"])
 def test_on_a_gpu_as_on_a_cpu(name):

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LIMIT', 'Sides', 'sides', 'amplification', 'angle_loss']
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #dfb58c14
+# %% ../../nbs/losses/21_fast_angle.ipynb #fd5fa3e8
 import threading
+import warnings
 from typing import NamedTuple
 
 import torch
@@ -107,12 +108,15 @@ def _cube(
                 if other: M[K, I] += m.t(); vj[:, K] += other[0]; wj[:, K] += other[1]
     return loss, M, v, w
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #9ff9541a
-def _triton(e):
-    "The Triton kernel for the device of `e`, or None."
-    if not e.is_cuda: return None
+# %% ../../nbs/losses/21_fast_angle.ipynb #728acac3
+_broken = []
+def _on_gpu(q, z, anchors, rough):
+    "The cube by the Triton kernel; None on a CPU, without Triton, or where the kernel does not compile (said once)."
+    if not q.is_cuda or _broken: return None
     from relkd.losses import angle_triton
-    return angle_triton.cube if angle_triton.available() else None
+    if not angle_triton.available(): return None
+    try: return angle_triton.cube(q, z, anchors, rough)
+    except Exception as error: _broken.append(error); warnings.warn(f"RKDAngle's Triton kernel does not run here ({type(error).__name__}: {str(error)[:80]!r}); PyTorch's blocks are used")
 
 def _loss_and_gradient(student:torch.Tensor, teacher:torch.Tensor, known:bool, distinct:bool, start:int, step:int, compiled:bool) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean Huber loss of the cosines, and its gradient with respect to the student; `known`: the teacher is given by its sides."
@@ -124,7 +128,7 @@ def _loss_and_gradient(student:torch.Tensor, teacher:torch.Tensor, known:bool, d
         if student.dtype == torch.float64: rough = torch.ones_like(rough)
         diagonal = .5 * ((q[anchors] > 0) != (z[anchors] > 0)).sum() if distinct else 0.                   # i = k: the cosine is 1 or, without a direction, 0
         if not e.is_cuda and not rough.any(): q, z = q.float(), z.float()                                  # from here on float32 will do
-        if (kernel := _triton(e)): loss, M, v, w = kernel(q, z, anchors, rough)
+        if (found := _on_gpu(q, z, anchors, rough)): loss, M, v, w = found
         elif not rough.any(): loss, M, v, w = _cube(q, z, anchors, torch.float32, compiled)
         elif rough.all(): loss, M, v, w = _cube(q, z, anchors, torch.float64, compiled)
         else:
