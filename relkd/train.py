@@ -6,7 +6,8 @@
 __all__ = ['FIRST', 'accuracy', 'evaluate', 'Schedule', 'Learner', 'gathered', 'share', 'average_gradients', 'Stopped', 'Stop',
            'Saver', 'asked_by_any', 'fit', 'make_fabric']
 
-# %% ../nbs/lab/04_train.ipynb #399f440b
+# %% ../nbs/lab/04_train.ipynb #d51d961e
+import atexit
 import math
 import os
 import signal
@@ -297,7 +298,7 @@ def fit(
 
 FIRST = 500_000          # number of the first batch stream of first stages
 
-# %% ../nbs/lab/04_train.ipynb #ba250d90
+# %% ../nbs/lab/04_train.ipynb #92cec6d9
 class _Stdout:
     "Standard output as it is when written to, so that a progress bar follows a redirection."
     def write(self, s):
@@ -305,6 +306,10 @@ class _Stdout:
     def flush(self):
         import sys; sys.stdout.flush()
     def isatty(self): return False
+
+def _leave():
+    "Close the connections between processes before Python ends, which else may abort."
+    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 def make_fabric(
     device:str='auto',          # 'auto', 'cpu' or 'cuda'
@@ -321,4 +326,5 @@ def make_fabric(
     world, local = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     several = {'devices': local, 'num_nodes': world // local, 'strategy': 'ddp'} if world > 1 else {'devices': 1}
     fabric = Fabric(accelerator=device, precision=precision, **several); fabric.launch()
+    if world > 1: atexit.register(_leave)
     return fabric

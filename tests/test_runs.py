@@ -193,11 +193,12 @@ def test_stop_by_budget_and_by_signal():
     with Stop() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.due() and stop.why == "SIGTERM"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)        # a job in the background ignores it
     with pytest.raises(KeyboardInterrupt), Stop() as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.why == "SIGINT"
         os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 # --- whole processes
