@@ -175,9 +175,10 @@ from relkd.losses.angle import _cube, _measure
 from relkd.losses.angle_triton import cube
 g = torch.Generator().manual_seed(0)
 for n, anchors in ((19, torch.arange(19)), (33, torch.arange(1, 33, 4))):
-    q, z = (_measure(torch.randn(n, 5, generator=g))[1] for _ in range(2))
+    both = _measure(torch.randn(n, 5, generator=g), torch.randn(n, 4, generator=g))[1]
+    q, z = both
     for exact in (torch.zeros(len(anchors), dtype=torch.bool), torch.arange(len(anchors)) % 3 == 0, torch.ones(len(anchors), dtype=torch.bool)):
-        for a, b in zip(cube(q, z, anchors, exact), _cube(q, z, anchors, torch.float64, False)):
+        for a, b in zip(cube(q, z, anchors, exact), _cube(both, anchors, torch.float64, False)):
             assert (a - b).abs().max() <= (1e-12 if exact.all() else 1e-6) * b.abs().max(), (n, (a - b).abs().max())
 print('equal')
 """

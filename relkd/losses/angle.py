@@ -5,48 +5,51 @@
 # %% auto #0
 __all__ = ['LIMIT', 'Sides', 'sides', 'amplification', 'angle_loss']
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #fd5fa3e8
+# %% ../../nbs/losses/21_fast_angle.ipynb #6c0de36a
 import threading
 import warnings
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from ..relations import as_points, full_precision
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #a16e168c
+# %% ../../nbs/losses/21_fast_angle.ipynb #3ed9ebd9
 class Sides(NamedTuple):
     "The squared distances of a batch: all that RKD's losses need of a teacher, so that one teacher serves many students."
     q:torch.Tensor # (N, N), float64, 0 for equal points; mean 1 unless all points are equal
 
-def _measure(e):
-    "Points centred and scaled, their squared distances, and the scale; all in float64."
-    e = e.double(); e = e - e.mean(0)
-    scale = (2 * e.square().sum() / len(e)).sqrt(); scale = torch.where(scale > 0, scale, 1.)              # the mean of all q is 2 / N times the sum of the squares
+def _measure(*batches):
+    "Points centred and scaled, their squared distances, and the scale, all in float64; one entry a batch, padded to one D."
+    D = max(b.shape[1] for b in batches)
+    e = torch.stack([F.pad(b.double(), (0, D - b.shape[1])) for b in batches]); e = e - e.mean(1, keepdim=True)
+    scale = (2 * e.square().sum((1, 2), keepdim=True) / e.shape[1]).sqrt(); scale = torch.where(scale > 0, scale, 1.)   # the mean of all q is 2 / N times the sum of the squares
     e.div_(scale)
-    gram = e @ e.t(); norm2 = gram.diagonal()
-    q = (norm2[:, None] + norm2[None]).sub_(gram, alpha=2); del gram
-    if e.is_cuda or q.fill_diagonal_(float('inf')).min() < 1e-6 * norm2.max():                             # on a GPU asking would cost more than doing
+    q = e @ e.mT; diagonal = q.diagonal(dim1=1, dim2=2); norm2 = diagonal.clone()
+    q.mul_(-2).add_(norm2[:, :, None]).add_(norm2[:, None]); diagonal.fill_(float('inf'))
+    if e.is_cuda or (q.amin((1, 2)) < 1e-6 * norm2.amax(1)).any():                                          # on a GPU asking would cost more than doing
         q = torch.cdist(e, e, compute_mode='donot_use_mm_for_euclid_dist').square_(); q.masked_fill_(q < 1e-16, 0)
-    return e, q.fill_diagonal_(0), scale
+    q.diagonal(dim1=1, dim2=2).fill_(0)
+    return e, q, scale
 
 def sides(
     e:torch.Tensor, # (N, D) embeddings, or (N, C, H, W), which is flattened
 ) -> Sides: # detached. Raises ValueError unless (N, D)
     "Measure a teacher once, for any number of students: `RKDAngle()(student, sides(teacher))`."
     e = as_points(e.flatten(1) if isinstance(e, torch.Tensor) and e.dim() > 2 else e, 'teacher').detach()
-    with torch.no_grad(), full_precision(e): return Sides(_measure(e)[1])
+    with torch.no_grad(), full_precision(e): return Sides(_measure(e)[1][0])
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #23c185db
+# %% ../../nbs/losses/21_fast_angle.ipynb #d4d448b7
 LIMIT = 4.   # amplification of rounding up to which an anchor is computed in float32
 
 def _inverse(q): return q.rsqrt().masked_fill_(q == 0, 0)     # 1 / distance; 0 without a direction
 
 def amplification(
-    q:torch.Tensor, # (N, N) squared distances
-) -> torch.Tensor: # (N,), 1 and more
+    q:torch.Tensor, # (..., N, N) squared distances
+) -> torch.Tensor: # (..., N), 1 and more
     "How much the cosines at each vertex amplify rounding: root mean square ratio of its sides."
-    return (q.sum(1) * q.reciprocal().masked_fill_(q == 0, 0).sum(1)).sqrt() / len(q)
+    return (q.sum(-1) * q.reciprocal().masked_fill_(q == 0, 0).sum(-1)).sqrt() / q.shape[-1]
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #8b0323e8
 def _tile(pi, pk, ri, rk, q, ti, tk, ui, uk, z, on_diagonal):
@@ -85,17 +88,17 @@ class _Buffers:
         both = loss, H.sum(0), H.sum(2), X.sum(2)
         return both if on_diagonal else (*both, H.sum(1), X.sum(1))
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #dd25e5d5
+# %% ../../nbs/losses/21_fast_angle.ipynb #7c5ca10e
 def _cube(
-    q, z,       # (N, N) squared distances of the student and of the teacher
+    both,       # (2, N, N) squared distances of the student and of the teacher
     anchors,    # (A,) which vertices
     dtype,      # of the cube
     compiled,   # tiles by torch.compile?
 ): # sum of the Huber losses, float64; M (N, N), v (A, N), w (A, N) in `dtype`
     "All cosines at these vertices, compared and differentiated, a block at a time."
-    n, a = len(q), len(anchors); parts = max(1, round(n / 64)); side = -(-n // parts)
+    n, a = both.shape[1], len(anchors); parts = max(1, round(n / 64)); side = -(-n // parts)
     block = max(1, min(a, 2**21 // dtype.itemsize // side**2))
-    q, z = q.to(dtype), z.to(dtype); r, u = _inverse(q).mul_(.5**.5), _inverse(z).mul_(.5**.5)             # the factor 1/2 of the law of cosines
+    both = both.to(dtype); (q, z), (r, u) = both, _inverse(both).mul_(.5**.5)                               # the factor 1/2 of the law of cosines
     one = _fused() if compiled else _Buffers(q, block * side * side)
     M, v, w, loss = torch.zeros_like(q), q.new_zeros(a, n), q.new_zeros(a, n), torch.zeros((), dtype=torch.float64, device=q.device)
     cuts = [slice(i, min(i + side, n)) for i in range(0, n, side)]
@@ -108,7 +111,7 @@ def _cube(
                 if other: M[K, I] += m.t(); vj[:, K] += other[0]; wj[:, K] += other[1]
     return loss, M, v, w
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #728acac3
+# %% ../../nbs/losses/21_fast_angle.ipynb #48a7f794
 _broken = []
 def _on_gpu(q, z, anchors, rough):
     "The cube by the Triton kernel; None on a CPU, without Triton, or where the kernel does not compile (said once)."
@@ -122,22 +125,23 @@ def _loss_and_gradient(student:torch.Tensor, teacher:torch.Tensor, known:bool, d
     "Mean Huber loss of the cosines, and its gradient with respect to the student; `known`: the teacher is given by its sides."
     n = len(student)
     with full_precision(student):
-        e, q, scale = _measure(student); z = teacher if known else _measure(teacher)[1]
-        anchors = torch.arange(start, n, step, device=e.device)
-        rough = torch.maximum(amplification(q), amplification(z))[start::step] > LIMIT
+        e, both, scale = _measure(student) if known else _measure(student, teacher)
+        if known: both = torch.cat([both, teacher[None]])
+        e, scale, anchors = e[0, :, :student.shape[1]], scale[0], torch.arange(start, n, step, device=e.device)
+        rough = (amplification(both)[:, start::step] > LIMIT).any(0)
         if student.dtype == torch.float64: rough = torch.ones_like(rough)
-        diagonal = .5 * ((q[anchors] > 0) != (z[anchors] > 0)).sum() if distinct else 0.                   # i = k: the cosine is 1 or, without a direction, 0
-        if not e.is_cuda and not rough.any(): q, z = q.float(), z.float()                                  # from here on float32 will do
-        if (found := _on_gpu(q, z, anchors, rough)): loss, M, v, w = found
-        elif not rough.any(): loss, M, v, w = _cube(q, z, anchors, torch.float32, compiled)
-        elif rough.all(): loss, M, v, w = _cube(q, z, anchors, torch.float64, compiled)
+        diagonal = .5 * ((both[0, anchors] > 0) != (both[1, anchors] > 0)).sum() if distinct else 0.       # i = k: the cosine is 1 or, without a direction, 0
+        if not e.is_cuda and not rough.any(): both = both.float()                                          # from here on float32 will do
+        if (found := _on_gpu(*both, anchors, rough)): loss, M, v, w = found
+        elif not rough.any(): loss, M, v, w = _cube(both, anchors, torch.float32, compiled)
+        elif rough.all(): loss, M, v, w = _cube(both, anchors, torch.float64, compiled)
         else:
-            v, w, (loss, M) = q.new_empty(len(anchors), n), q.new_empty(len(anchors), n), (0., 0.)
+            v, w, (loss, M) = both.new_empty(len(anchors), n), both.new_empty(len(anchors), n), (0., 0.)
             for which, dtype in ((~rough, torch.float32), (rough, torch.float64)):
-                l, m, *near = _cube(q, z, anchors[which], dtype, compiled)
+                l, m, *near = _cube(both, anchors[which], dtype, compiled)
                 loss, M = loss + l, M + m.double(); v[which], w[which] = (x.double() for x in near)
-        del z; S = M.neg_().to(q.dtype); S[anchors] += v.mul_(2).sub_(w.mul_(q[anchors].reciprocal_().masked_fill_(q[anchors] == 0, 0)))
-        del M, v, w, q; S += S.t().clone(); gradient = torch.empty_like(e)
+        q = both[0, start::step]; S = M.neg_().to(q.dtype); S[start::step] += v.mul_(2).sub_(w.mul_(q.reciprocal().masked_fill_(q == 0, 0)))
+        del M, v, w, q, both; S += S.t().clone(); gradient = torch.empty_like(e)
         for i in range(0, n, 512): rows = S[i:i + 512].double(); gradient[i:i + 512] = (rows.sum(1, keepdim=True) * e[i:i + 512] - rows @ e) * 2 / scale
         loss = loss - diagonal
         count = (n * (n - 1) * (n - 2) if distinct else n**3) / step                                       # each of `step` processes has its share of the anchors
@@ -154,7 +158,17 @@ def _backward(ctx, of_loss, of_gradient):
     return ctx.saved_tensors[0] * of_loss, None, None, None, None, None, None
 _angle_loss.register_autograd(_backward, setup_context=_keep)
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #9c682036
+class _Eager(torch.autograd.Function):
+    "The same without the operator's overhead, for use outside torch.compile."
+    @staticmethod
+    def forward(ctx, *inputs):
+        loss, gradient = _loss_and_gradient(*inputs); ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, of_loss): return _backward(ctx, of_loss, None)
+
+# %% ../../nbs/losses/21_fast_angle.ipynb #9c7d3010
 def angle_loss(
     student:torch.Tensor,  # (N, D_S), float32 or float64: receives the gradient
     teacher,               # (N, D_T), or its Sides
@@ -165,4 +179,5 @@ def angle_loss(
     "RKD-A with its gradient, in memory of order N^2 (Park et al. 2019, Sec. 3.2); shapes are not checked, RKDAngle does."
     known = isinstance(teacher, Sides)
     teacher = teacher.q if known else teacher.detach()
-    return _angle_loss(student, teacher, known, distinct, *anchors, compiled)[0]
+    inputs = student, teacher, known, distinct, *anchors, compiled
+    return _angle_loss(*inputs)[0] if torch.compiler.is_compiling() else _Eager.apply(*inputs)

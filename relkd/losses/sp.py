@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from ..relations import as_pair, full_precision
 
-# %% ../../nbs/losses/04_sp.ipynb #979bf4d0
+# %% ../../nbs/losses/04_sp.ipynb #0522dc3c
 def similarities(
     e:torch.Tensor,    # (N, D), float32 or float64
     norm:str='row',    # 'row': each row of the Gram matrix has length 1; 'global': the whole matrix has
@@ -20,7 +20,7 @@ def similarities(
 ) -> torch.Tensor: # (N, N), rows of length 1 or 0 throughout; or a matrix of norm 1 or 0 throughout
     "The Gram matrix of a batch, normalised (Tung & Mori 2019, row-wise)."
     gram = e @ e.t()
-    longest = gram.detach().diagonal().amax().sqrt().clamp(min=eps)       # cancels below, its gradient too
+    longest = gram.detach().amax().sqrt().clamp(min=eps)                  # the largest entry stands on the diagonal; cancels below, its gradient too
     gram = gram / longest
     length = torch.linalg.vector_norm(gram, dim=1 if norm == 'row' else None, keepdim=True)
     return gram / length.masked_fill(length <= eps, float('inf'))
