@@ -111,7 +111,7 @@ def _cube(
                 if other: M[K, I] += m.t(); vj[:, K] += other[0]; wj[:, K] += other[1]
     return loss, M, v, w
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #48a7f794
+# %% ../../nbs/losses/21_fast_angle.ipynb #774179a8
 _broken = []
 def _on_gpu(q, z, anchors, rough):
     "The cube by the Triton kernel; None on a CPU, without Triton, or where the kernel does not compile (said once)."
@@ -147,6 +147,7 @@ def _loss_and_gradient(student:torch.Tensor, teacher:torch.Tensor, known:bool, d
         count = (n * (n - 1) * (n - 2) if distinct else n**3) / step                                       # each of `step` processes has its share of the anchors
         return (loss / count).to(student.dtype), (gradient / count).to(student.dtype)
 
+# %% ../../nbs/losses/21_fast_angle.ipynb #49c846d7
 _angle_loss = torch.library.custom_op('relkd::angle_loss', _loss_and_gradient, mutates_args=())
 
 @_angle_loss.register_fake
