@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['full_precision', 'as_points', 'differences', 'unit_differences', 'angles', 'pdist', 'cosine_similarity_matrix',
-           'as_pair', 'as_map_pairs']
+           'as_pair', 'as_map_pairs', 'known_gradient']
 
-# %% ../nbs/00_relations.ipynb #f8264113
+# %% ../nbs/00_relations.ipynb #89074790
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 import torch.nn.functional as F
 
-# %% ../nbs/00_relations.ipynb #39e0e46a
+# %% ../nbs/00_relations.ipynb #2ef9bb4c
 def full_precision(
     e:torch.Tensor, # any tensor; its device is what matters
 ):
     "A context in which autocast is off on the device of `e`."
-    return torch.autocast(e.device.type, enabled=False)
+    kind = e.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 # %% ../nbs/00_relations.ipynb #7fa74f14
 def as_points(
@@ -128,3 +131,25 @@ def as_map_pairs(
             with full_precision(s): s, t = F.adaptive_avg_pool2d(s, size), F.adaptive_avg_pool2d(t, size)
         pairs.append((s, t))
     return pairs
+
+# %% ../nbs/00_relations.ipynb #87c0f168
+class _Known(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, e, value, gradient, loss, instead):
+        ctx.save_for_backward(gradient); ctx.said = f"{loss}'s gradient is made by hand and cannot be differentiated again (create_graph=True): {instead}"
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling(): raise RuntimeError(ctx.said)
+        return upstream * ctx.saved_tensors[0], None, None, None, None
+
+def known_gradient(
+    e:torch.Tensor,        # receives the gradient
+    value:torch.Tensor,    # 0-dim, without a graph
+    gradient:torch.Tensor, # of `value` with respect to `e`: its shape and dtype
+    loss:str,              # its name, for the error
+    instead:str,           # what to use where a second derivative is needed, for the error
+) -> torch.Tensor: # 0-dim
+    "A value whose gradient is known already. A second derivative raises RuntimeError."
+    return _Known.apply(e, value, gradient, loss, instead)

@@ -261,6 +261,23 @@ def test_gradcheck_and_no_gradient_for_the_teacher(loss):
     assert t.grad is None and s.grad is not None
 
 
+@every_loss
+def test_the_gradient_by_hand_is_autograds_and_cannot_be_differentiated_again(loss):
+    s, t = randn(9, 4, dtype=torch.float64).requires_grad_(), randn(9, 5, seed=1, dtype=torch.float64)
+    s.data[2], s.data[4] = 0, -s.data[3]                                     # silent; opposite, where PKT's kernel is at its floor
+
+    def recorded(s):
+        if isinstance(loss, SP):
+            return F.mse_loss(similarities(s, loss.norm), similarities(t, loss.norm))
+        q, p = (conditional_probabilities(e, loss.distinct) for e in (s, t))
+        kl = ((q - p) - p * torch.log1p((q - p) / (p + loss.eps))).sum()
+        return kl / (9 if loss.reduction == "batchmean" else 72 if loss.distinct else 81)
+
+    assert_same(value_and_gradient(lambda s: loss(s, t), s), value_and_gradient(recorded, s), 1e-12)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again .create_graph=True.: use "):
+        torch.autograd.grad(loss(s, t), s, create_graph=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_loss
 @pytest.mark.parametrize("n", [3, 16])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LIMIT', 'Sides', 'sides', 'amplification', 'angle_loss']
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #6c0de36a
+# %% ../../nbs/losses/21_fast_angle.ipynb #2d370e6a
 import threading
 import warnings
 from typing import NamedTuple
@@ -13,25 +13,25 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..relations import as_points, full_precision
+from ..relations import as_points, full_precision, known_gradient
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #3ed9ebd9
+# %% ../../nbs/losses/21_fast_angle.ipynb #5abfa8ec
 class Sides(NamedTuple):
     "The squared distances of a batch: all that RKD's losses need of a teacher, so that one teacher serves many students."
     q:torch.Tensor # (N, N), float64, 0 for equal points; mean 1 unless all points are equal
 
 def _measure(*batches):
-    "Points centred and scaled, their squared distances, and the scale, all in float64; one entry a batch, padded to one D."
-    D = max(b.shape[1] for b in batches)
-    e = torch.stack([F.pad(b.double(), (0, D - b.shape[1])) for b in batches]); e = e - e.mean(1, keepdim=True)
-    scale = (2 * e.square().sum((1, 2), keepdim=True) / e.shape[1]).sqrt(); scale = torch.where(scale > 0, scale, 1.)   # the mean of all q is 2 / N times the sum of the squares
-    e.div_(scale)
-    q = e @ e.mT; diagonal = q.diagonal(dim1=1, dim2=2); norm2 = diagonal.clone()
+    "Points, their squared distances divided by the mean of all, and these means: float64; a list of (N, D), (B, N, N), (B, 1, 1)."
+    points = [b.double() for b in batches]; n = len(points[0]); q = points[0].new_empty(len(points), n, n)
+    for e, x in zip(points, q): torch.mm(e, e.t(), out=x)
+    diagonal = q.diagonal(dim1=1, dim2=2); norm2 = diagonal.clone()
     q.mul_(-2).add_(norm2[:, :, None]).add_(norm2[:, None]); diagonal.fill_(float('inf'))
-    if e.is_cuda or (q.amin((1, 2)) < 1e-6 * norm2.amax(1)).any():                                          # on a GPU asking would cost more than doing
-        q = torch.cdist(e, e, compute_mode='donot_use_mm_for_euclid_dist').square_(); q.masked_fill_(q < 1e-16, 0)
-    q.diagonal(dim1=1, dim2=2).fill_(0)
-    return e, q, scale
+    if q.is_cuda or not (q.amin((1, 2)) >= 1e-6 * norm2.amax(1)).all():                                     # on a GPU asking would cost more than doing
+        points = [e - e.mean(0) for e in points]
+        for e, x in zip(points, q): x.copy_(torch.cdist(e, e, compute_mode='donot_use_mm_for_euclid_dist').square_())
+        diagonal.fill_(0); q.masked_fill_(q < 1e-16 * q.mean((1, 2), keepdim=True), 0)
+    diagonal.fill_(0); scale = q.mean((1, 2), keepdim=True).clamp_(min=1e-300)
+    return points, q.div_(scale), scale
 
 def sides(
     e:torch.Tensor, # (N, D) embeddings, or (N, C, H, W), which is flattened
@@ -40,22 +40,29 @@ def sides(
     e = as_points(e.flatten(1) if isinstance(e, torch.Tensor) and e.dim() > 2 else e, 'teacher').detach()
     with torch.no_grad(), full_precision(e): return Sides(_measure(e)[1][0])
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #d4d448b7
+# %% ../../nbs/losses/21_fast_angle.ipynb #e5ea14c4
 LIMIT = 4.   # amplification of rounding up to which an anchor is computed in float32
 
-def _inverse(q): return q.rsqrt().masked_fill_(q == 0, 0)     # 1 / distance; 0 without a direction
+def _reciprocal(q): return q.reciprocal().nan_to_num_(float('nan'), 0.)    # 0 without a direction
 
 def amplification(
     q:torch.Tensor, # (..., N, N) squared distances
 ) -> torch.Tensor: # (..., N), 1 and more
     "How much the cosines at each vertex amplify rounding: root mean square ratio of its sides."
-    return (q.sum(-1) * q.reciprocal().masked_fill_(q == 0, 0).sum(-1)).sqrt() / q.shape[-1]
+    return (q.sum(-1) * _reciprocal(q).sum(-1)).sqrt() / q.shape[-1]
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #8b0323e8
-def _tile(pi, pk, ri, rk, q, ti, tk, ui, uk, z, on_diagonal):
-    "A tile as one expression: near sides and inverse distances (b, I) and (b, K), far sides (I, K), of the student and of the teacher. For torch.compile."
+def _rough(near):
+    "Which anchors need float64; None if none does, often known from the least and the greatest side. Near sides: (2, A, N)."
+    near = near.float()
+    if not near.is_cuda and near.amax() * _reciprocal(near).amax() <= LIMIT**2: return None
+    rough = (amplification(near) > LIMIT).any(0)
+    return rough if near.is_cuda or rough.any() else None
+
+# %% ../../nbs/losses/21_fast_angle.ipynb #fd48440a
+def _tile(pi, pk, ri, rk, q, ai, ak, ui, uk, z, on_diagonal):
+    "A tile as one expression, for torch.compile: near sides and inverse distances (b, I) and (b, K), far sides (I, K); of the teacher, the near sides times the inverse distances."
     W, X = ri[:, :, None] * rk[:, None], pi[:, :, None] + pk[:, None] - q
-    delta = W * X - ui[:, :, None] * uk[:, None] * (ti[:, :, None] + tk[:, None] - z)
+    delta = W * X - ai[:, :, None] * uk[:, None] - ui[:, :, None] * (ak[:, None] - uk[:, None] * z)
     h = delta.clamp(-1, 1); V = h * W; A = V * X
     both = (h * (delta - .5 * h)).sum(), V.sum(0), V.sum(2), A.sum(2)
     return both if on_diagonal else (*both, V.sum(1), A.sum(1))
@@ -74,11 +81,11 @@ class _Buffers:
         if key not in kept or kept[key].shape[1] < size: kept[key] = torch.empty(4, size, dtype=like.dtype, device=like.device)
         self.store = kept[key]
 
-    def __call__(self, pi, pk, ri, rk, q, ti, tk, ui, uk, z, on_diagonal):
+    def __call__(self, pi, pk, ri, rk, q, ai, ak, ui, uk, z, on_diagonal):
         shape = len(pi), pi.shape[1], pk.shape[1]
-        W, E, X, H = (b[:shape[0] * shape[1] * shape[2]].view(shape) for b in self.store)
+        W, E, X, H = self.store[:, :shape[0] * shape[1] * shape[2]].view(4, *shape)
         torch.mul(ui[:, :, None], uk[:, None], out=E); E.mul_(z)                                           # minus the teacher's cosine:
-        E.baddbmm_(torch.stack([ti * ui, ui], 2).neg_(), torch.stack([uk, tk * uk], 1))                    # u_i u_k (z - t_i - t_k)
+        E.baddbmm_(torch.stack([ai, ui], 2), torch.stack([uk, ak], 1), alpha=-1)                           # u_i u_k (z - t_i - t_k), with a = t u
         torch.mul(ri[:, :, None], rk[:, None], out=W)
         torch.sub(pi[:, :, None], q, out=X); X.add_(pk[:, None])
         E.addcmul_(W, X)                                                                                   # delta
@@ -88,30 +95,33 @@ class _Buffers:
         both = loss, H.sum(0), H.sum(2), X.sum(2)
         return both if on_diagonal else (*both, H.sum(1), X.sum(1))
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #7c5ca10e
+# %% ../../nbs/losses/21_fast_angle.ipynb #d04a5091
 def _cube(
     both,       # (2, N, N) squared distances of the student and of the teacher
-    anchors,    # (A,) which vertices
+    anchors,    # which vertices, A of them: a range, or a tensor
     dtype,      # of the cube
     compiled,   # tiles by torch.compile?
 ): # sum of the Huber losses, float64; M (N, N), v (A, N), w (A, N) in `dtype`
     "All cosines at these vertices, compared and differentiated, a block at a time."
     n, a = both.shape[1], len(anchors); parts = max(1, round(n / 64)); side = -(-n // parts)
     block = max(1, min(a, 2**21 // dtype.itemsize // side**2))
-    both = both.to(dtype); (q, z), (r, u) = both, _inverse(both).mul_(.5**.5)                               # the factor 1/2 of the law of cosines
+    both = both.to(dtype); q, z = both; roots = _reciprocal(both).mul_(.5).sqrt_()                          # 1 / distance, with the factor 1/2 of the law of cosines
     one = _fused() if compiled else _Buffers(q, block * side * side)
-    M, v, w, loss = torch.zeros_like(q), q.new_zeros(a, n), q.new_zeros(a, n), torch.zeros((), dtype=torch.float64, device=q.device)
+    def at(I, K, p, r, a, u): return one(p[:, I], p[:, K], r[:, I], r[:, K], q[I, K], a[:, I], a[:, K], u[:, I], u[:, K], z[I, K], I is K)
+    def near(j): J = anchors[j:j + block]; J = slice(J.start, J.stop, J.step) if isinstance(J, range) else J; r, u = roots[:, J]; return q[J], r, z[J] * u, u
     cuts = [slice(i, min(i + side, n)) for i in range(0, n, side)]
+    if block == a and parts == 1: loss, *tables = at(cuts[0], cuts[0], *near(0)); return loss.double(), *tables
+    M, v, w, loss = torch.zeros_like(q), q.new_zeros(a, n), q.new_zeros(a, n), torch.zeros((), dtype=torch.float64, device=q.device)
     for j in range(0, a, block):
-        J = anchors[j:j + block]; p, t, rj, uj = q[J], z[J], r[J], u[J]; vj, wj = v[j:j + block], w[j:j + block]
+        rows, vj, wj = near(j), v[j:j + block], w[j:j + block]
         for x, I in enumerate(cuts):
             for K in cuts[x:]:
-                l, m, vi, wi, *other = one(p[:, I], p[:, K], rj[:, I], rj[:, K], q[I, K], t[:, I], t[:, K], uj[:, I], uj[:, K], z[I, K], I is K)
-                M[I, K] += m; vj[:, I] += vi; wj[:, I] += wi; loss += l if I is K else 2 * l
-                if other: M[K, I] += m.t(); vj[:, K] += other[0]; wj[:, K] += other[1]
+                l, m, vi, wi, *other = at(I, K, *rows)
+                M[I, K].add_(m); vj[:, I].add_(vi); wj[:, I].add_(wi); loss.add_(l, alpha=1 if I is K else 2)
+                if other: M[K, I].add_(m.t()); vj[:, K].add_(other[0]); wj[:, K].add_(other[1])
     return loss, M, v, w
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #774179a8
+# %% ../../nbs/losses/21_fast_angle.ipynb #d44d117c
 _broken = []
 def _on_gpu(q, z, anchors, rough):
     "The cube by the Triton kernel; None on a CPU, without Triton, or where the kernel does not compile (said once)."
@@ -123,31 +133,30 @@ def _on_gpu(q, z, anchors, rough):
 
 def _loss_and_gradient(student:torch.Tensor, teacher:torch.Tensor, known:bool, distinct:bool, start:int, step:int, compiled:bool) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean Huber loss of the cosines, and its gradient with respect to the student; `known`: the teacher is given by its sides."
-    n = len(student)
+    n = len(student); anchors = range(start, n, step)
     with full_precision(student):
-        e, both, scale = _measure(student) if known else _measure(student, teacher)
+        (e, *_), both, (scale, *_) = _measure(student) if known else _measure(student, teacher)
         if known: both = torch.cat([both, teacher[None]])
-        e, scale, anchors = e[0, :, :student.shape[1]], scale[0], torch.arange(start, n, step, device=e.device)
-        rough = (amplification(both)[:, start::step] > LIMIT).any(0)
-        if student.dtype == torch.float64: rough = torch.ones_like(rough)
-        diagonal = .5 * ((both[0, anchors] > 0) != (both[1, anchors] > 0)).sum() if distinct else 0.       # i = k: the cosine is 1 or, without a direction, 0
-        if not e.is_cuda and not rough.any(): both = both.float()                                          # from here on float32 will do
-        if (found := _on_gpu(*both, anchors, rough)): loss, M, v, w = found
-        elif not rough.any(): loss, M, v, w = _cube(both, anchors, torch.float32, compiled)
+        near = both[:, start::step]; rough = _rough(near) if student.dtype == torch.float32 else torch.ones(len(anchors), dtype=torch.bool, device=e.device)
+        diagonal = .5 * ((near[0] > 0) != (near[1] > 0)).sum() if distinct else 0.                         # i = k: the cosine is 1 or, without a direction, 0
+        if rough is None: both = both.float()                                                              # from here on float32 will do
+        else: which = torch.arange(start, n, step, device=e.device)
+        del near
+        if rough is not None and (found := _on_gpu(*both, which, rough)): loss, M, v, w = found
+        elif rough is None or not rough.any(): loss, M, v, w = _cube(both, anchors, torch.float32, compiled)
         elif rough.all(): loss, M, v, w = _cube(both, anchors, torch.float64, compiled)
         else:
-            v, w, (loss, M) = both.new_empty(len(anchors), n), both.new_empty(len(anchors), n), (0., 0.)
-            for which, dtype in ((~rough, torch.float32), (rough, torch.float64)):
-                l, m, *near = _cube(both, anchors[which], dtype, compiled)
-                loss, M = loss + l, M + m.double(); v[which], w[which] = (x.double() for x in near)
-        q = both[0, start::step]; S = M.neg_().to(q.dtype); S[start::step] += v.mul_(2).sub_(w.mul_(q.reciprocal().masked_fill_(q == 0, 0)))
-        del M, v, w, q, both; S += S.t().clone(); gradient = torch.empty_like(e)
-        for i in range(0, n, 512): rows = S[i:i + 512].double(); gradient[i:i + 512] = (rows.sum(1, keepdim=True) * e[i:i + 512] - rows @ e) * 2 / scale
-        loss = loss - diagonal
-        count = (n * (n - 1) * (n - 2) if distinct else n**3) / step                                       # each of `step` processes has its share of the anchors
-        return (loss / count).to(student.dtype), (gradient / count).to(student.dtype)
+            v, w, (loss, M) = both.new_empty(len(which), n), both.new_empty(len(which), n), (0., 0.)
+            for part, dtype in ((~rough, torch.float32), (rough, torch.float64)):
+                l, m, *vw = _cube(both, which[part], dtype, compiled)
+                loss, M = loss + l, M + m.double(); v[part], w[part] = (x.double() for x in vw)
+        S = M.neg_().to(v.dtype); S[start::step].add_(v, alpha=2).sub_(w.mul_(_reciprocal(both[0, start::step].to(w.dtype))))
+        del M, v, w, both; S += S.t().clone(); gradient = torch.empty_like(student)
+        count = (n * (n - 1) * (n - 2) if distinct else n**3) / step; factor = -2 / (count * scale)        # each of `step` processes has its share of the anchors
+        for i in range(0, n, 512): rows = S[i:i + 512].double(); rows.diagonal(i).sub_(rows.sum(1)); gradient[i:i + 512] = rows.mul_(factor) @ e
+        return ((loss - diagonal) / count).to(student.dtype), gradient
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #49c846d7
+# %% ../../nbs/losses/21_fast_angle.ipynb #d3c8909b
 _angle_loss = torch.library.custom_op('relkd::angle_loss', _loss_and_gradient, mutates_args=())
 
 @_angle_loss.register_fake
@@ -155,21 +164,11 @@ def _(student, teacher, known, distinct, start, step, compiled): return student.
 
 def _keep(ctx, inputs, output): ctx.save_for_backward(output[1])
 def _backward(ctx, of_loss, of_gradient):
-    if torch.is_grad_enabled(): raise RuntimeError("RKDAngle's gradient is made by hand and cannot be differentiated again (create_graph=True): use smooth_l1_loss of relkd.relations.angles for that")
+    if torch.is_grad_enabled(): raise RuntimeError("RKDAngle's gradient is made by hand and cannot be differentiated again")
     return ctx.saved_tensors[0] * of_loss, None, None, None, None, None, None
 _angle_loss.register_autograd(_backward, setup_context=_keep)
 
-class _Eager(torch.autograd.Function):
-    "The same without the operator's overhead, for use outside torch.compile."
-    @staticmethod
-    def forward(ctx, *inputs):
-        loss, gradient = _loss_and_gradient(*inputs); ctx.save_for_backward(gradient)
-        return loss
-
-    @staticmethod
-    def backward(ctx, of_loss): return _backward(ctx, of_loss, None)
-
-# %% ../../nbs/losses/21_fast_angle.ipynb #9c7d3010
+# %% ../../nbs/losses/21_fast_angle.ipynb #80028e5b
 def angle_loss(
     student:torch.Tensor,  # (N, D_S), float32 or float64: receives the gradient
     teacher,               # (N, D_T), or its Sides
@@ -180,5 +179,6 @@ def angle_loss(
     "RKD-A with its gradient, in memory of order N^2 (Park et al. 2019, Sec. 3.2); shapes are not checked, RKDAngle does."
     known = isinstance(teacher, Sides)
     teacher = teacher.q if known else teacher.detach()
-    inputs = student, teacher, known, distinct, *anchors, compiled
-    return _angle_loss(*inputs)[0] if torch.compiler.is_compiling() else _Eager.apply(*inputs)
+    if torch.compiler.is_compiling(): return _angle_loss(student, teacher, known, distinct, *anchors, compiled)[0]
+    with torch.no_grad(): loss, gradient = _loss_and_gradient(student, teacher, known, distinct, *anchors, compiled)
+    return known_gradient(student, loss, gradient, 'RKDAngle', 'use smooth_l1_loss of relkd.relations.angles for that')   # without the operator's overhead

@@ -5,31 +5,19 @@
 # %% auto #0
 __all__ = ['contrast', 'CRD']
 
-# %% ../../nbs/losses/12_crd.ipynb #9e2ed8cd
+# %% ../../nbs/losses/12_crd.ipynb #765472a4
 import math
 
 import torch
 from torch import nn
 import torch.nn.functional as F
 
-from ..relations import as_pair, full_precision
+from ..relations import as_pair, full_precision, known_gradient
 
-# %% ../../nbs/losses/12_crd.ipynb #0268cb3a
+# %% ../../nbs/losses/12_crd.ipynb #d16ceeb3
 def _unit(v):
     length = v.norm(dim=1, keepdim=True)
     return v / length.masked_fill(length <= 1e-3, float('inf'))            # shorter ones have no direction, hence no gradient
-
-class _KnownGradient(torch.autograd.Function):
-    "`value`, whose gradient with respect to `v` is known already; a second derivative is refused."
-    @staticmethod
-    def forward(ctx, v, value, gradient):
-        ctx.save_for_backward(gradient)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx, upstream):
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling(): raise RuntimeError("CRD has no second derivative: call backward or grad without create_graph")
-        return upstream * ctx.saved_tensors[0], None, None
 
 # %% ../../nbs/losses/12_crd.ipynb #d2e8b44b
 @torch.no_grad()
@@ -77,7 +65,7 @@ def _numbers(name, shape, index, s, samples):
         raise ValueError(f"CRD remembers {samples} samples; got {name}= from {index.min()} to {index.max()}: samples are counted from 0, within the training set")
     return index.to(s.device)
 
-# %% ../../nbs/losses/12_crd.ipynb #d22bf718
+# %% ../../nbs/losses/12_crd.ipynb #95d90be5
 class CRD(nn.Module):
     "Logistic loss of telling the pair of the same image from pairs with remembered other images (Tian et al. 2020, Eq. 10 and 19, with the constant Z, the memories and the sums of the authors' code)."
     def __init__(self,
@@ -136,7 +124,7 @@ class CRD(nn.Module):
             s, t = (_unit(F.linear(e.to(dtype), g.weight.to(dtype), g.bias.to(dtype))) for e, g in ((s, self.embed_s), (t, self.embed_t)))
             of_s, to_s, z_s = contrast(s, self.memory_t, chosen, self.log_Z[0], self.T, self.eps)
             of_t, to_t, z_t = contrast(t, self.memory_s, chosen, self.log_Z[1], self.T, self.eps)
-            total = _KnownGradient.apply(s, of_s, to_s) + _KnownGradient.apply(t, of_t, to_t)
+            total = known_gradient(s, of_s, to_s, 'CRD', 'there is no other form of it here') + known_gradient(t, of_t, to_t, 'CRD', 'there is no other form of it here')
             if self.training and torch.is_grad_enabled(): self._remember(index, s, t, torch.stack([z_s, z_t]))
         return total
 

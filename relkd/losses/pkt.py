@@ -5,26 +5,31 @@
 # %% auto #0
 __all__ = ['conditional_probabilities', 'PKT']
 
-# %% ../../nbs/losses/07_pkt.ipynb #30bb269f
+# %% ../../nbs/losses/07_pkt.ipynb #155e9677
 import torch
 from torch import nn
 
-from ..relations import as_pair, full_precision
+from ..relations import as_pair, full_precision, known_gradient
 
-# %% ../../nbs/losses/07_pkt.ipynb #1e35834a
+# %% ../../nbs/losses/07_pkt.ipynb #8e816206
+def _parts(e, distinct, eps):
+    "Directions, lengths (infinite where there is none), kernel and its row sums; the kernel over the sums are the probabilities."
+    length = torch.linalg.vector_norm(e, dim=1, keepdim=True); length = length.masked_fill(length <= eps, float('inf'))
+    unit = e / length
+    k = (unit @ unit.t() + 1).clamp(min=2e-8)                 # opposite embeddings: 0, up to rounding
+    if distinct: k = k.masked_fill(torch.eye(len(k), dtype=torch.bool, device=k.device), 0)
+    return unit, length, k, k.sum(1, keepdim=True)
+
 def conditional_probabilities(
     e:torch.Tensor,      # (N, D), float32 or float64
     distinct:bool=False, # leave out j = i?
     eps:float=1e-5,      # an embedding no longer than this has no direction
 ) -> torch.Tensor: # (N, N), `[i, j]` is p(j | i); each row sums to 1
     "The cosine of every pair, moved to [0, 1] and divided by the sum of its row (Passalis & Tefas 2018, cosine kernel)."
-    length = torch.linalg.vector_norm(e, dim=1, keepdim=True)
-    e = e / length.masked_fill(length <= eps, float('inf'))
-    k = (e @ e.t() + 1).clamp(min=2e-8)                       # opposite embeddings: 0, up to rounding
-    if distinct: k = k.masked_fill(torch.eye(len(k), dtype=torch.bool, device=k.device), 0)
-    return k / k.sum(1, keepdim=True)
+    *_, k, total = _parts(e, distinct, eps)
+    return k / total
 
-# %% ../../nbs/losses/07_pkt.ipynb #3963c7d4
+# %% ../../nbs/losses/07_pkt.ipynb #4d2559ae
 class PKT(nn.Module):
     "KL divergence of the conditional probabilities of a batch, teacher to student, cosine kernel (Passalis & Tefas 2018; the mean as in the authors' code)."
     def __init__(self,
@@ -42,10 +47,15 @@ class PKT(nn.Module):
         teacher:torch.Tensor, # (N, D_T) or (N, C', H', W'): receives none; N the same
     ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 2 (N < 3 if distinct)
         s, t = as_pair(student, teacher, 3 if self.distinct else 2, 'PKT(distinct=True)' if self.distinct else 'PKT')
-        with full_precision(s):
-            q, p = conditional_probabilities(s, self.distinct), conditional_probabilities(t, self.distinct)
-            gap, n = q - p, len(s)                            # sums to 0 in every row
-            kl = (gap - p * torch.log1p(gap / (p + self.eps))).sum()
-            return kl / (n if self.reduction == 'batchmean' else n * (n - 1) if self.distinct else n * n)
+        n = len(s); count = n if self.reduction == 'batchmean' else n * (n - 1) if self.distinct else n * n
+        with full_precision(s), torch.no_grad():
+            p = conditional_probabilities(t, self.distinct); unit, length, k, total = _parts(s, self.distinct, 1e-5)
+            q = k / total; gap, floor = q - p, p + self.eps   # the gap sums to 0 in every row
+            kl = (gap - p * torch.log1p(gap / floor)).sum() / count
+            g = (gap + self.eps) / (gap + floor)
+            A = ((g - (q * g).sum(1, keepdim=True)) / (total * count)).masked_fill(k <= 2e-8, 0)
+            b = (A + A.t()).to(s.dtype) @ unit
+            gradient = (b - unit * (b * unit).sum(1, keepdim=True)) / length
+        return known_gradient(s, kl, gradient, 'PKT', 'use conditional_probabilities() for that')
 
     def extra_repr(self): return f'reduction={self.reduction!r}, distinct={self.distinct}, eps={self.eps:g}'

@@ -5,27 +5,29 @@
 # %% auto #0
 __all__ = ['similarities', 'SP']
 
-# %% ../../nbs/losses/04_sp.ipynb #741eab75
+# %% ../../nbs/losses/04_sp.ipynb #1d2836ab
 import torch
 from torch import nn
-import torch.nn.functional as F
 
-from ..relations import as_pair, full_precision
+from ..relations import as_pair, full_precision, known_gradient
 
-# %% ../../nbs/losses/04_sp.ipynb #0522dc3c
+# %% ../../nbs/losses/04_sp.ipynb #e6d1391b
+def _normalised(gram, norm, eps):
+    "Gram matrices (..., N, N), which are overwritten, over their lengths; and the lengths, infinite for silent rows."
+    longest = gram.detach().amax((-2, -1), keepdim=True).sqrt_().clamp_(min=eps)   # the largest entry stands on the diagonal; cancels below, its gradient too
+    length = torch.linalg.vector_norm(gram.div_(longest), dim=-1 if norm == 'row' else (-2, -1), keepdim=True)
+    length = length.masked_fill(length <= eps, float('inf'))
+    return gram / length, length * longest
+
 def similarities(
     e:torch.Tensor,    # (N, D), float32 or float64
     norm:str='row',    # 'row': each row of the Gram matrix has length 1; 'global': the whole matrix has
     eps:float=1e-5,    # a row whose length over that of the longest embedding is no more than this is similar to nothing
 ) -> torch.Tensor: # (N, N), rows of length 1 or 0 throughout; or a matrix of norm 1 or 0 throughout
     "The Gram matrix of a batch, normalised (Tung & Mori 2019, row-wise)."
-    gram = e @ e.t()
-    longest = gram.detach().amax().sqrt().clamp(min=eps)                  # the largest entry stands on the diagonal; cancels below, its gradient too
-    gram = gram / longest
-    length = torch.linalg.vector_norm(gram, dim=1 if norm == 'row' else None, keepdim=True)
-    return gram / length.masked_fill(length <= eps, float('inf'))
+    return _normalised(e @ e.t(), norm, eps)[0]
 
-# %% ../../nbs/losses/04_sp.ipynb #7b97884c
+# %% ../../nbs/losses/04_sp.ipynb #a75ca5cc
 class SP(nn.Module):
     "Mean squared difference of the row-normalised Gram matrices of a batch (Tung & Mori 2019, the similarity-preserving loss)."
     def __init__(self,
@@ -39,6 +41,7 @@ class SP(nn.Module):
         student, # (N, D_S) or (N, C, H, W), which is flattened, or a list of layers: receives the gradient
         teacher, # (N, D_T) or (N, C', H', W'), or a list of as many: receives none; N the same
     ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 4 / N ('global': 2 / N^2), float32 at least. Raises ValueError on bad shapes or N < 2
+        if isinstance(student, torch.Tensor) and isinstance(teacher, torch.Tensor): return self._one(student, teacher)
         layers = [list(e) if isinstance(e, (list, tuple)) else [e] for e in (student, teacher)]
         ns, nt = map(len, layers)
         if ns != nt or not ns: raise ValueError(f"SP needs as many layers of the teacher as of the student, at least one; got {ns} of the student and {nt} of the teacher")
@@ -47,7 +50,12 @@ class SP(nn.Module):
 
     def _one(self, s, t):
         s, t = as_pair(s, t, 2, 'SP')
-        dtype = torch.promote_types(s.dtype, t.dtype)
-        with full_precision(s): return F.mse_loss(similarities(s, self.norm).to(dtype), similarities(t, self.norm).to(dtype))
+        dtype, over = torch.promote_types(s.dtype, t.dtype), -1 if self.norm == 'row' else (-2, -1)
+        with full_precision(s), torch.no_grad():
+            x, y = s.to(dtype), t.to(dtype); tables, length = _normalised(torch.stack([x @ x.t(), y @ y.t()]), self.norm, 1e-5); P, Q = tables.unbind()
+            gap = P - Q; loss = gap.square().mean()
+            A = torch.addcmul(gap, P, (P * gap).sum(over, keepdim=True), value=-1).div_(length[0] * (gap.numel() / 2))
+            gradient = ((A + A.t()) @ x).to(s.dtype)
+        return known_gradient(s, loss, gradient, 'SP', 'use mse_loss of two similarities() for that')
 
     def extra_repr(self): return f'norm={self.norm!r}'
