@@ -283,7 +283,7 @@ class EpisodeSchedule:
 
     def __str__(self): return f'{self.episodes:,} episodes, {self.way}-way {self.query}-query, Adam {self.lr:g}, halved every {self.halve_every:,} episodes'
 
-# %% ../nbs/lab/07_fewshot.ipynb #a9168227
+# %% ../nbs/lab/07_fewshot.ipynb #9e956bab
 class EpisodeLearner(Learner):
     "An embedding network in training on episodes."
     def __init__(self,
@@ -302,7 +302,8 @@ class EpisodeLearner(Learner):
 
     def end_epoch(self, fabric, episodes, test_now:bool):
         "Mean training loss of the epoch and, if `test_now`, the accuracy on validation episodes, appended to `epochs`."
-        loss = torch.stack(self._losses).mean().item(); self._losses = []
+        loss = torch.stack(self._losses).mean(); self._losses = []
+        loss = (loss if fabric is None or fabric.world_size == 1 else fabric.all_reduce(loss, reduce_op='mean')).item()
         figures = {'epoch': len(self.epochs) + 1, 'loss': round(loss, 6) if math.isfinite(loss) else None}
         if test_now:
             right, = run_trials(self.model, episodes.source, 'val', [self.trial])

@@ -4,11 +4,18 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'EXAMPLES', 'BasicBlock', 'Bottleneck', 'ResNet', 'ResNetCifar', 'PreActBlock', 'WideResNet', 'VGG',
-           'InvertedResidual', 'MobileNetV2', 'ShuffleUnit', 'ShuffleNetV1', 'ShuffleNetV2', 'Conv4', 'create', 'flops']
+           'InvertedResidual', 'MobileNetV2', 'ShuffleUnit', 'ShuffleNetV1', 'ShuffleNetV2', 'Conv4', 'create', 'flops',
+           'rounded', 'save', 'manifest', 'load']
 
-# %% ../nbs/lab/01_models.ipynb #a0d9375f
+# %% ../nbs/lab/01_models.ipynb #a71cbe09
+import copy
+import hashlib
+import json
+import os
 import re
+import tempfile
 from collections import OrderedDict
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -349,3 +356,127 @@ def flops(
         for h in handles: h.remove()
         for m, training in modes: m.training = training
     return total
+
+# %% ../nbs/lab/01_models.ipynb #24d27e85
+def _half(tensors):
+    "Floating-point tensors in float16, the others as they are, on the CPU. Raises ValueError for a value that float16 cannot hold."
+    half = {n: (t.detach().half() if t.is_floating_point() else t.detach()).cpu().contiguous() for n, t in tensors.items()}
+    for n, t in half.items():
+        if t.is_floating_point() and not t.isfinite().all():
+            raise ValueError(f"tensor {n!r} holds {tensors[n].detach().cpu()[~t.isfinite()][0].item():g}; float16 holds finite numbers up to 65504: rescale that layer, or train the network again")
+    return half
+
+def rounded(
+    net:nn.Module, # stays as it is
+) -> nn.Module: # a copy of the same dtype. Raises ValueError for a value that float16 cannot hold
+    "The network with its weights rounded to float16: what `save` writes and `load` gives."
+    new = copy.deepcopy(net); new.load_state_dict(_half(net.state_dict()))
+    return new
+
+# %% ../nbs/lab/01_models.ipynb #cae8c5c1
+def _groups(tensors, size):
+    "The tensors in groups that take at most `size` bytes as a file. Raises ValueError for one that is larger alone."
+    line = lambda n, t: json.dumps({n: {'dtype': 'BF16', 'shape': list(t.shape), 'data_offsets': [size, size]}})
+    need = {n: t.numel() * t.element_size() + len(line(n, t)) for n, t in tensors.items()}
+    largest, full = max(need, key=need.get), size - 16                 # 16: length of the header, and its padding
+    if need[largest] > full: raise ValueError(f"tensor {largest!r} alone takes {need[largest] + 16:,} bytes, and a tensor is not split; part_size is {size:,}: choose a larger one")
+    groups, room = [{}], full
+    for n, t in tensors.items():
+        if need[n] > room: groups.append({}); room = full
+        groups[-1][n] = t; room -= need[n]
+    return groups
+
+def _misfit(tensors, net):
+    "In words, the first tensor that does not fit the network; '' if all do."
+    due = net.state_dict()
+    for n in {**due, **tensors}:
+        if n not in tensors: return f'{n} is missing'
+        if n not in due: return f'{n} has no place'
+        a, b = tensors[n], due[n]
+        if a.shape != b.shape: return f'{n} is {tuple(a.shape)}, not {tuple(b.shape)}'
+        if a.dtype != b.dtype and not (a.is_floating_point() and b.is_floating_point()): return f'{n} is {a.dtype}, not {b.dtype}'
+    return ''
+
+def _write(path, content):
+    "Write a file whole or not at all, making its folder."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + '.', suffix='.tmp')
+        try:
+            with os.fdopen(handle, 'wb') as f: f.write(content); f.flush(); os.fsync(f.fileno())
+            os.chmod(temporary, 0o644); os.replace(temporary, path)
+        except BaseException: Path(temporary).unlink(missing_ok=True); raise
+    except OSError as error: raise ValueError(f"cannot write {path} ({error.strerror or error}): name a folder that can be written to") from error
+
+# %% ../nbs/lab/01_models.ipynb #c4ad788f
+def save(
+    net:nn.Module,            # trained; stays as it is
+    name:str,                 # to publish it under: 'cifar100/resnet50'
+    network:str,              # its name for `create`
+    classes:int,              # as `create` takes it
+    channels:int=3,           # likewise
+    folder='weights',         # NAME.json, NAME-0.safetensors, ... are written into it
+    part_size:int=15 * 2**20, # bytes of a part at most
+    about:dict=None,          # whatever JSON can hold: how it was made, how good it is, what to feed it
+) -> dict: # the manifest. Raises ValueError if the weights do not fit the network or float16, if a tensor is larger than a part, or if nothing can be written
+    "Publish weights in float16: parts, then the manifest; parts of an earlier version are removed after that."
+    from safetensors.torch import save as as_bytes
+    if not re.fullmatch(r'\w[\w.+-]*(/\w[\w.+-]*)*', name): raise ValueError(f"weights are published under a name like 'cifar100/resnet50'; got {name!r}")
+    tensors = _half(net.state_dict())
+    if wrong := _misfit(tensors, create(network, classes, channels)):
+        raise ValueError(f"the weights do not fit {network} with {classes} classes and {channels} channels ({wrong}): name the network that they were trained in")
+    path, parts, k = Path(folder) / f'{name}.json', [], 0
+    part = lambda k: path.with_name(f'{path.name[:-5]}-{k}.safetensors')
+    for content in map(as_bytes, _groups(tensors, part_size)):
+        while part(k).exists() and part(k).read_bytes() != content: k += 1
+        if not part(k).exists(): _write(part(k), content)
+        parts.append({'name': part(k).name, 'bytes': len(content), 'sha256': hashlib.sha256(content).hexdigest()}); k += 1
+    made = {'name': name, 'network': network, 'classes': classes, 'channels': channels, 'dtype': 'float16', 'bytes': sum(p['bytes'] for p in parts), 'parts': parts, 'about': about or {}}
+    text = json.dumps(made, indent=1, ensure_ascii=False) + '\n'
+    _write(path, text.encode())
+    kept = {p['name'] for p in parts}
+    for old in path.parent.iterdir():
+        if old.name not in kept and re.fullmatch(re.escape(path.name[:-5]) + r'-\d+\.safetensors', old.name): old.unlink(missing_ok=True)
+    return json.loads(text)
+
+# %% ../nbs/lab/01_models.ipynb #a0e3e7b8
+def manifest(
+    name:str,    # 'cifar100/resnet50'
+    folder=None, # by default weights/ beside the package, which a checkout has, else weights/ in the working directory
+) -> dict: # network, classes, channels, parts, about. Raises ValueError for an unknown name, naming the nearest, and for a manifest that cannot be read
+    "What is known of published weights: how they were made, how good they are, what to feed them."
+    folder = _weights(folder); known = sorted(p.relative_to(folder).as_posix()[:-5] for p in folder.glob('**/*.json'))
+    if not known: raise ValueError(f"no weights are published in {folder}, {name!r} neither: name another folder, or put them there with `relkd publish`")
+    if name not in known: raise ValueError(nearest('published network', name, known))
+    try:
+        m = json.loads((folder / f'{name}.json').read_text(encoding='utf-8'))
+        for k in ('network', 'classes', 'channels'): m[k]
+        for p in m['parts']: p['name'], p['bytes'], p['sha256']
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"the manifest {name}.json is not readable ({type(error).__name__}: {error}): get it again, or publish the network again") from None
+    return m
+
+def _weights(folder):
+    import relkd
+    beside = Path(relkd.__file__).resolve().parents[1] / 'weights'
+    return Path(folder) if folder else beside if beside.is_dir() else Path('weights')
+
+def load(
+    name:str,    # 'cifar100/resnet50'
+    folder=None, # as `manifest` takes it
+) -> nn.Module: # in float32, in evaluation mode. Raises ValueError as `manifest` does, for a part that is missing or damaged, and for weights that do not fit the network
+    "The published network of that name, every part checked by its hash. What to feed it stands in its manifest."
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+    m, tensors = manifest(name, folder), {}
+    for p in m['parts']:
+        try: content = (_weights(folder) / name).with_name(Path(p['name']).name).read_bytes()
+        except OSError: raise ValueError(f"part {p['name']} of {name} is missing: get it again, or publish the network again") from None
+        if hashlib.sha256(content).hexdigest() != p['sha256']:
+            raise ValueError(f"part {p['name']} of {name} is damaged ({len(content):,} bytes and another hash; {p['bytes']:,} were written): get it again, or publish the network again")
+        try: tensors |= from_bytes(content)
+        except SafetensorError as error: raise ValueError(f"part {p['name']} of {name} is no safetensors file ({error}): publish the network again") from None
+    net = create(m['network'], m['classes'], m['channels'])
+    if wrong := _misfit(tensors, net): raise ValueError(f"the weights of {name} do not fit {m['network']} with {m['classes']} classes and {m['channels']} channels ({wrong}): publish the network again")
+    net.load_state_dict(tensors)
+    return net.eval()

@@ -1,0 +1,357 @@
+"""Published weights: what is written is what is read, in parts, checked, whole or not at all; and what a recipe publishes."""
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load as from_bytes
+from safetensors.torch import save as as_bytes
+
+import relkd
+from relkd.data import load as load_data
+from relkd.models import _groups, create, load, manifest, rounded, save
+from relkd.recipes import publish, recipe, run
+from relkd.train import evaluate
+
+NAME, SMALL = "digits/resnet8x0.5", ("resnet8x0.5", 10, 1)
+
+
+def network(*named, size=8, seed=0):
+    """With statistics and counters of BN that are not the initial ones."""
+    net, g = create(*named, seed=seed), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for _ in range(3):
+            net(torch.randn(8, named[2], size, size, generator=g))
+    return net
+
+
+def images(channels=1, size=8):
+    return torch.randn(5, channels, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def files(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+
+# --- round trip
+
+@pytest.mark.parametrize("named, size", [(SMALL, 8), (("conv4", 0, 3), 32), (("mobilenetv2", 7, 3), 32), (("wrn_16_1", 7, 3), 32)])
+def test_what_is_read_is_the_rounded_network(tmp_path, named, size):
+    net = network(*named, size=size)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    made = save(net, "a/b", *named, tmp_path)
+    back = load("a/b", tmp_path)
+    assert net.training and all(v.equal(before[k]) for k, v in net.state_dict().items()), "the network is as it was"
+    assert not any(m.training for m in back.modules())
+    with torch.no_grad():
+        out = back(images(named[2], size))
+        assert out.equal(rounded(net).eval()(images(named[2], size))) and not out.equal(net.eval()(images(named[2], size)))
+    for k, v in back.state_dict().items():
+        if v.is_floating_point():
+            assert v.dtype == torch.float32 and v.equal(before[k].half().float())
+        else:
+            assert v.dtype == before[k].dtype == torch.int64 and v.equal(before[k]) and v == 3
+    assert manifest("a/b", tmp_path) == made == json.loads((tmp_path / "a/b.json").read_text())
+    assert set(files(tmp_path)) == {"a/b.json", "a/b-0.safetensors"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_weights_of_any_dtype_are_float16_on_disk_and_float32_in_memory(tmp_path, dtype):
+    net = network(*SMALL).to(dtype)
+    save(net, NAME, *SMALL, tmp_path)
+    on_disk, back = from_bytes((tmp_path / f"{NAME}-0.safetensors").read_bytes()), load(NAME, tmp_path).state_dict()
+    for k, v in net.state_dict().items():
+        kind = torch.float16 if v.is_floating_point() else torch.int64
+        assert on_disk[k].dtype == kind and on_disk[k].equal(v.to(kind)) and back[k].equal(on_disk[k].to(back[k].dtype))
+        assert rounded(net).state_dict()[k].dtype == v.dtype
+    assert all(p.dtype == torch.float32 for p in load(NAME, tmp_path).parameters())
+
+
+def test_the_memory_format_does_not_matter(tmp_path):
+    net = network(*SMALL)
+    save(net, "a", *SMALL, tmp_path)
+    save(net.to(memory_format=torch.channels_last), "b", *SMALL, tmp_path)
+    assert (tmp_path / "a-0.safetensors").read_bytes() == (tmp_path / "b-0.safetensors").read_bytes()
+
+
+# --- parts
+
+@pytest.mark.parametrize("part_size", [18_600, 20_000, 30_001, 44_000, 10**6])
+def test_no_part_is_larger_than_asked_for_and_no_tensor_is_split(tmp_path, part_size):
+    net = network(*SMALL)
+    made = save(net, NAME, *SMALL, tmp_path, part_size=part_size)
+    sizes = [(tmp_path / "digits" / p["name"]).stat().st_size for p in made["parts"]]
+    assert sizes == [p["bytes"] for p in made["parts"]] and max(sizes) <= part_size and sum(sizes) == made["bytes"]
+    assert (len(sizes) > 1) == (part_size < 44_972)
+    names = [n for p in made["parts"] for n in from_bytes((tmp_path / "digits" / p["name"]).read_bytes())]
+    assert sorted(names) == sorted(net.state_dict())
+    assert load(NAME, tmp_path)(images()).equal(rounded(net).eval()(images()))
+
+
+def test_the_room_that_a_part_is_reckoned_with_is_never_too_small():
+    g = torch.Generator().manual_seed(0)
+    for size in range(200, 3000, 7):
+        tensors = {f"层{'x' * int(n % 40)}.{k}": torch.zeros(int(n), dtype=(torch.half, torch.long, torch.bool)[k % 3]) for k, n in enumerate(torch.randint(0, 12, (40,), generator=g))}
+        tensors["scalar"] = torch.tensor(3)
+        groups = _groups(tensors, size + 150)
+        assert all(len(as_bytes(part)) <= size + 150 for part in groups) and [n for part in groups for n in part] == list(tensors)
+
+
+def test_the_same_weights_are_the_same_files(tmp_path):
+    for folder in "ab":
+        save(network(*SMALL), NAME, *SMALL, tmp_path / folder, 20_000)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    save(network(*SMALL), NAME, *SMALL, tmp_path / "a", 20_000)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+
+
+def test_old_parts_are_removed_after_the_new_manifest_and_others_stay(tmp_path):
+    save(network(*SMALL), NAME, *SMALL, tmp_path, 18_600)
+    save(network(*SMALL), NAME + "-1", *SMALL, tmp_path)
+    save(network("resnet8", 10, 1), "digits/resnet8", "resnet8", 10, 1, tmp_path)
+    assert len(manifest(NAME, tmp_path)["parts"]) == 4
+    for seed in (1, 2):
+        net = network(*SMALL, seed=seed)
+        save(net, NAME, *SMALL, tmp_path, 30_000)
+        assert load(NAME, tmp_path)(images()).equal(rounded(net).eval()(images()))
+    wanted = {f"digits/{p['name']}" for n in (NAME, NAME + "-1", "digits/resnet8") for p in manifest(n, tmp_path)["parts"]}
+    assert set(files(tmp_path)) == wanted | {f"{n}.json" for n in (NAME, NAME + "-1", "digits/resnet8")}
+    for n in (NAME + "-1", "digits/resnet8"):
+        load(n, tmp_path)
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_an_interruption_leaves_the_old_version_good(tmp_path, monkeypatch, after):
+    old, new = network(*SMALL), network(*SMALL, seed=1)
+    save(old, NAME, *SMALL, tmp_path, 30_000)
+    real, calls = os.replace, []
+
+    def full(a, b):
+        calls.append(b)
+        if len(calls) > after:
+            raise OSError(28, "No space left on device")
+        real(a, b)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(ValueError, match=r"cannot write .*No space left on device.: name a folder"):
+        save(new, NAME, *SMALL, tmp_path, 30_000)
+    monkeypatch.undo()
+    assert load(NAME, tmp_path)(images()).equal(rounded(old).eval()(images()))
+    save(new, NAME, *SMALL, tmp_path, 30_000)
+    assert load(NAME, tmp_path)(images()).equal(rounded(new).eval()(images()))
+    assert len(files(tmp_path)) == 3, "nothing is left over"
+
+
+# --- refusals, one line each
+
+def one_line(call):
+    with pytest.raises(ValueError) as caught:
+        call()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def with_value(value, kind=SMALL):
+    net = create(*kind)
+    with torch.no_grad():
+        net.layer2[0].bn1.running_var[2] = value
+    return net
+
+
+@pytest.mark.parametrize("value, said", [(70000., "70000"), (-1e9, "-1e+09"), (float("nan"), "nan"), (float("inf"), "inf")])
+def test_a_value_that_float16_cannot_hold(tmp_path, value, said):
+    for call in (lambda: save(with_value(value), NAME, *SMALL, tmp_path), lambda: rounded(with_value(value)), lambda: rounded(with_value(value).double())):
+        message = one_line(call)
+        assert f"tensor 'layer2.0.bn1.running_var' holds {said}; float16 holds finite numbers up to 65504: " in message
+    assert not files(tmp_path)
+    assert rounded(with_value(65504.)).layer2[0].bn1.running_var[2] == 65504
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda at: save(create(*SMALL), NAME, *SMALL, at, 9_000), "tensor 'layer3.0.conv2.weight' alone takes 18,5.. bytes, and a tensor is not split; part_size is 9,000: choose a larger one"),
+    (lambda at: save(create(*SMALL), NAME, "resnet8", 10, 1, at), r"do not fit resnet8 with 10 classes and 1 channels \(conv1.weight is \(8, 1, 3, 3\), not \(16, 1, 3, 3\)\): name"),
+    (lambda at: save(create(*SMALL), NAME, "resnet8x0.5", 11, 1, at), r"fc.weight is \(10, 32\), not \(11, 32\)"),
+    (lambda at: save(create(*SMALL), NAME, "resnet14x0.5", 10, 1, at), r"\(layer1.1.conv1.weight is missing\)"),
+    (lambda at: save(create("resnet14x0.5", 10, 1), NAME, *SMALL, at), r"\(layer1.1.conv1.weight has no place\)"),
+    (lambda at: save(create(*SMALL), NAME, "resnet9", 10, 1, at), "unknown network 'resnet9': did you mean 'resnet8'"),
+    (lambda at: save(create(*SMALL), "../x", *SMALL, at), "published under a name like 'cifar100/resnet50'; got '../x'"),
+    (lambda at: save(create(*SMALL), "", *SMALL, at), "published under a name like 'cifar100/resnet50'; got ''"),
+    (lambda at: load("digits/resnet50", at), r"no weights are published in .*, 'digits/resnet50' neither: name another folder, or put them there with `relkd publish`"),
+])
+def test_what_cannot_be_saved(tmp_path, call, message):
+    assert re.search(message, one_line(lambda: call(tmp_path)))
+    assert not files(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "name a folder that can be written to" in one_line(lambda: save(create(*SMALL), NAME, *SMALL, tmp_path / "file"))
+
+
+def change(**new):
+    def f(at):
+        path = at / f"{NAME}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | new))
+
+    return f
+
+
+def not_safetensors(at):
+    (at / f"{NAME}-0.safetensors").write_bytes(b"zip")
+    m = manifest(NAME, at)
+    m["parts"][0] |= {"sha256": hashlib.sha256(b"zip").hexdigest()}
+    change(**m)(at)
+
+
+@pytest.mark.parametrize("name, damage, message", [
+    ("digits/resnet8x5", lambda at: None, "unknown published network 'digits/resnet8x5': did you mean 'digits/resnet8x0.5'?"),
+    ("zzz", lambda at: None, "unknown published network 'zzz': known are digits/resnet8x0.5"),
+    ("../w/" + NAME, lambda at: None, "unknown published network"),
+    (NAME, lambda at: (at / f"{NAME}-1.safetensors").unlink(), "part resnet8x0.5-1.safetensors of digits/resnet8x0.5 is missing: get it again, or publish the network again"),
+    (NAME, lambda at: (at / f"{NAME}-1.safetensors").write_bytes((at / f"{NAME}-1.safetensors").read_bytes()[:-1]), "part resnet8x0.5-1.safetensors of digits/resnet8x0.5 is damaged ("),
+    (NAME, not_safetensors, "part resnet8x0.5-0.safetensors of digits/resnet8x0.5 is no safetensors file ("),
+    (NAME, lambda at: (at / f"{NAME}.json").write_text("{"), "the manifest digits/resnet8x0.5.json is not readable (JSONDecodeError: "),
+    (NAME, lambda at: (at / f"{NAME}.json").write_bytes(b"\xff\xfe{"), "the manifest digits/resnet8x0.5.json is not readable (UnicodeDecodeError: "),
+    (NAME, lambda at: (at / f"{NAME}.json").write_text("[1]"), "the manifest digits/resnet8x0.5.json is not readable (TypeError: "),
+    (NAME, change(parts=[{"name": "x"}]), "is not readable (KeyError: 'bytes')"),
+    (NAME, change(network="resnet9"), "unknown network 'resnet9'"),
+    (NAME, change(classes=9), "the weights of digits/resnet8x0.5 do not fit resnet8x0.5 with 9 classes and 1 channels (fc.weight is (10, 32), not (9, 32)): publish the network again"),
+    (NAME, change(parts=[]), "(conv1.weight is missing)"),
+])
+def test_what_cannot_be_loaded(tmp_path, name, damage, message):
+    save(create(*SMALL), NAME, *SMALL, tmp_path / "w", 30_000)
+    damage(tmp_path / "w")
+    assert message in one_line(lambda: load(name, tmp_path / "w"))
+
+
+def test_a_counter_is_not_filled_with_a_fraction(tmp_path):
+    net = create(*SMALL)
+    net.bn1.num_batches_tracked = torch.tensor(1.5)
+    assert "bn1.num_batches_tracked is torch.float16, not torch.int64" in one_line(lambda: save(net, NAME, *SMALL, tmp_path))
+
+
+def test_weights_beside_the_package_or_else_in_the_working_directory(tmp_path, monkeypatch):
+    net, checkout, other = network(*SMALL), tmp_path / "checkout", tmp_path / "elsewhere"
+    (checkout / "relkd").mkdir(parents=True)
+    other.mkdir()
+    monkeypatch.setattr(relkd, "__file__", str(checkout / "relkd" / "__init__.py"))
+    monkeypatch.chdir(other)
+    save(net, "here", *SMALL)
+    assert (other / "weights" / "here.json").exists() and load("here")(images()).equal(rounded(net).eval()(images()))
+    save(net, "beside", *SMALL, checkout / "weights")
+    assert manifest("beside")["network"] == "resnet8x0.5" and "known are beside" in one_line(lambda: load("zzz"))
+
+
+# --- what a recipe publishes
+
+TINY = recipe("digits").reduced(rows=["RKD-D", "HKD"], seeds=[1, 0], epochs=6)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return out, run(TINY, out, "cpu")
+
+
+def test_the_teacher_and_the_best_row_of_the_first_seed_are_published(finished, tmp_path):
+    out, records = finished
+    made = publish(TINY, out, tmp_path, device="cpu")
+    mean = {row: sum(r["last"] for r in records if r["row"] == row) / 2 for row in ("RKD-D", "HKD")}
+    best, data = max(mean, key=mean.get), load_data("digits")
+    assert [m["name"] for m in made] == ["digits/resnet14", "digits/resnet8x0.5"] and made == [manifest(m["name"], tmp_path) for m in made]
+    for m, row in zip(made, ("Teacher", best)):
+        a, r = m["about"], next(r for r in records if r["row"] == row and r["seed"] == 1)
+        assert (a["row"], a["seed"], a["recipe"], a["data"], a["fingerprint"]) == (row, 1, "digits-6epochs", "digits", data.fingerprint)
+        assert a["accuracy"] == r["last"] == a["record"]["accuracy"] and abs(a["accuracy_float16"] - a["accuracy"]) < 1
+        assert evaluate(load(m["name"], tmp_path), data) == a["accuracy_float16"], "the file has the accuracy that the manifest states"
+        path = out / a["record"]["path"]
+        assert json.loads(path.read_text()) == r and a["record"]["run"] == r["run"] and a["record"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert a["class_names"] == [str(k) for k in range(10)] and a["test_images"] == 797 and a["epochs"] == len(r["epochs"])
+        x, i = data.test_images[:7], a["input"]
+        mean_, std = (torch.tensor(i[k])[:, None, None] for k in ("mean", "std"))
+        assert list(x.shape[1:]) == i["shape"] and ((x.float() / 255 - mean_) / std).equal(data.normalise(x)), "the manifest tells what to feed"
+        assert str(out) not in json.dumps(m)
+    assert f"({mean[best]:.2f} %) of RKD-D, HKD over seeds 1, 0" in made[1]["about"]["chosen"] and "chosen" not in made[0]["about"]
+
+
+def test_fewer_rows_and_seeds_can_be_published_and_the_plain_student_never(finished, tmp_path):
+    out, records = finished
+    for row in ("RKD-D", "HKD"):
+        made = publish(TINY.reduced(rows=[row], seeds=[0]), out, tmp_path, device="cpu")
+        assert [(m["about"]["row"], m["about"]["seed"]) for m in made] == [("Teacher", 0), (row, 0)]
+
+
+def test_one_teacher_for_all_seeds_and_weights_trained_on_a_gpu(tmp_path, monkeypatch):
+    """The record says bf16; the publisher is a CPU."""
+    together = replace(recipe("digits").reduced(rows=["RKD-D"], seeds=[3], epochs=1), together=True)
+    monkeypatch.setattr("relkd.recipes._precision", lambda device: "bf16-mixed")
+    run(together, tmp_path, "cpu")
+    monkeypatch.undo()
+    made = publish(together, tmp_path, tmp_path / "w", device="cpu")
+    assert [(m["about"]["row"], m["about"]["seed"]) for m in made] == [("Teacher", 0), ("RKD-D", 3)]
+
+
+def copy_of(finished, tmp_path):
+    return Path(shutil.copytree(finished[0], tmp_path / "copy"))
+
+
+def test_what_is_missing_is_said_and_what_to_do(finished, tmp_path):
+    out, to = copy_of(finished, tmp_path), tmp_path / "w"
+    call = lambda r=TINY: one_line(lambda: publish(r, out, to, device="cpu"))  # noqa: E731
+    record = out / "records" / "digits-6epochs" / "rkd-d-seed0.json"
+    text = record.read_text()
+    record.unlink()
+    assert "1 of 5 are not in" in call() and "(RKD-D seed 0): run `relkd run digits --epochs 6` first" in call()
+    record.write_text(text.replace(json.loads(text)["run"], "0" * 12))
+    assert "1 of 5 are not in" in call() and "or of another protocol (RKD-D seed 0)" in call()
+    record.write_text(text)
+    for path in (out / ".runs" / "digits-6epochs").glob("teacher-seed1-*"):
+        path.unlink()
+    assert call().startswith("the weights of Teacher seed 1 of digits-6epochs are not in") and "run `relkd run digits --epochs 6` first" in call()
+    assert one_line(lambda: publish(TINY, tmp_path / "empty", to, device="cpu")).count("seed") == 3
+    assert "5 of 5 are not in" in one_line(lambda: publish(TINY, tmp_path / "empty", to, device="cpu"))
+    assert not files(to) and not to.exists()
+
+
+def test_weights_and_record_must_be_of_one_run(finished, tmp_path):
+    out = copy_of(finished, tmp_path)
+    record = out / "records" / "digits-6epochs" / "teacher-seed1.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"last": 99.9}))
+    assert "the record of Teacher seed 1 of digits-6epochs in" in one_line(lambda: publish(TINY, out, tmp_path / "w", device="cpu"))
+    run(TINY, out, "cpu")
+    publish(TINY, out, tmp_path / "w", device="cpu")
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (recipe("omniglot/cpu"), "a classification recipe can be published; omniglot/cpu is a few-shot recipe"),
+    (replace(TINY, rows=TINY.rows[:1]), "digits-6epochs has no distilled row to publish"),
+    (replace(TINY, student="resnet14"), "teacher and student of digits-6epochs are both resnet14"),
+])
+def test_recipes_that_cannot_be_published(tmp_path, wrong, message):
+    assert message in one_line(lambda: publish(wrong, tmp_path, tmp_path / "w", device="cpu"))
+
+
+def test_the_command_prints_one_line_a_network(finished, tmp_path, monkeypatch, capsys):
+    from relkd.cli import main
+
+    def relkd_(*args):
+        monkeypatch.setattr(sys, "argv", ["relkd", "publish", *map(str, args)])
+        with pytest.raises(SystemExit) as left:
+            main()
+        return left.value.code, capsys.readouterr()
+
+    code, said = relkd_("digits", "--epochs", 6, "--rows", "RKD-D,HKD", "--seeds", "1", "--out", finished[0], "--weights", tmp_path, "--device", "cpu")
+    made = [manifest(n, tmp_path) for n in ("digits/resnet14", "digits/resnet8x0.5")]
+    lines = said.out.splitlines()
+    assert not code and len(lines) == 2 and said.err == ""
+    for line, m in zip(lines, made):
+        a = m["about"]
+        assert line.split()[0] == m["name"] and f"{a['accuracy']:.2f} % in float32, {a['accuracy_float16']:.2f} % in float16, {m['bytes']:,} bytes in 1 part ({a['row']}, seed 1)" in line
+    code, said = relkd_("digits", "--out", tmp_path, "--weights", tmp_path)
+    assert code == 2 and said.out == "" and said.err.count("\n") == 1 and "run `relkd run digits` first" in said.err
