@@ -95,7 +95,7 @@ class _Buffers:
         both = loss, H.sum(0), H.sum(2), X.sum(2)
         return both if on_diagonal else (*both, H.sum(1), X.sum(1))
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #d04a5091
+# %% ../../nbs/losses/21_fast_angle.ipynb #b32cc34e
 def _cube(
     both,       # (2, N, N) squared distances of the student and of the teacher
     anchors,    # which vertices, A of them: a range, or a tensor
@@ -108,7 +108,10 @@ def _cube(
     both = both.to(dtype); q, z = both; roots = _reciprocal(both).mul_(.5).sqrt_()                          # 1 / distance, with the factor 1/2 of the law of cosines
     one = _fused() if compiled else _Buffers(q, block * side * side)
     def at(I, K, p, r, a, u): return one(p[:, I], p[:, K], r[:, I], r[:, K], q[I, K], a[:, I], a[:, K], u[:, I], u[:, K], z[I, K], I is K)
-    def near(j): J = anchors[j:j + block]; J = slice(J.start, J.stop, J.step) if isinstance(J, range) else J; r, u = roots[:, J]; return q[J], r, z[J] * u, u
+    def near(j):
+        J = anchors[j:j + block]; J = slice(J.start, J.stop, J.step) if isinstance(J, range) else J; r, u = roots[:, J]
+        rows = q[J], r, z[J] * u, u
+        return [x.clone() for x in rows] if compiled else rows                                              # torch.compile would make a program for every place in memory
     cuts = [slice(i, min(i + side, n)) for i in range(0, n, side)]
     if block == a and parts == 1: loss, *tables = at(cuts[0], cuts[0], *near(0)); return loss.double(), *tables
     M, v, w, loss = torch.zeros_like(q), q.new_zeros(a, n), q.new_zeros(a, n), torch.zeros((), dtype=torch.float64, device=q.device)
