@@ -7,13 +7,11 @@ __all__ = ['FAMILIES', 'EXAMPLES', 'BasicBlock', 'Bottleneck', 'ResNet', 'ResNet
            'InvertedResidual', 'MobileNetV2', 'ShuffleUnit', 'ShuffleNetV1', 'ShuffleNetV2', 'Conv4', 'create', 'flops',
            'rounded', 'save', 'manifest', 'load']
 
-# %% ../nbs/lab/01_models.ipynb #a71cbe09
+# %% ../nbs/lab/01_models.ipynb #1423b411
 import copy
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from torch import nn
 import torch.nn.functional as F
 
 from .data import nearest
+from .records import write_atomically
 
 # %% ../nbs/lab/01_models.ipynb #d597f105
 class BasicBlock(nn.Module):
@@ -373,7 +372,7 @@ def rounded(
     new = copy.deepcopy(net); new.load_state_dict(_half(net.state_dict()))
     return new
 
-# %% ../nbs/lab/01_models.ipynb #cae8c5c1
+# %% ../nbs/lab/01_models.ipynb #2dfbc223
 def _groups(tensors, size):
     "The tensors in groups that take at most `size` bytes as a file. Raises ValueError for one that is larger alone."
     line = lambda n, t: json.dumps({n: {'dtype': 'BF16', 'shape': list(t.shape), 'data_offsets': [size, size]}})
@@ -397,18 +396,7 @@ def _misfit(tensors, net):
         if a.dtype != b.dtype and not (a.is_floating_point() and b.is_floating_point()): return f'{n} is {a.dtype}, not {b.dtype}'
     return ''
 
-def _write(path, content):
-    "Write a file whole or not at all, making its folder."
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + '.', suffix='.tmp')
-        try:
-            with os.fdopen(handle, 'wb') as f: f.write(content); f.flush(); os.fsync(f.fileno())
-            os.chmod(temporary, 0o644); os.replace(temporary, path)
-        except BaseException: Path(temporary).unlink(missing_ok=True); raise
-    except OSError as error: raise ValueError(f"cannot write {path} ({error.strerror or error}): name a folder that can be written to") from error
-
-# %% ../nbs/lab/01_models.ipynb #c4ad788f
+# %% ../nbs/lab/01_models.ipynb #1c73bfbf
 def save(
     net:nn.Module,            # trained; stays as it is
     name:str,                 # to publish it under: 'cifar100/resnet50'
@@ -429,11 +417,11 @@ def save(
     part = lambda k: path.with_name(f'{path.name[:-5]}-{k}.safetensors')
     for content in map(as_bytes, _groups(tensors, part_size)):
         while part(k).exists() and part(k).read_bytes() != content: k += 1
-        if not part(k).exists(): _write(part(k), content)
+        if not part(k).exists(): write_atomically(part(k), content, 'folder=')
         parts.append({'name': part(k).name, 'bytes': len(content), 'sha256': hashlib.sha256(content).hexdigest()}); k += 1
     made = {'name': name, 'network': network, 'classes': classes, 'channels': channels, 'dtype': 'float16', 'bytes': sum(p['bytes'] for p in parts), 'parts': parts, 'about': about or {}}
     text = json.dumps(made, indent=1, ensure_ascii=False) + '\n'
-    _write(path, text.encode())
+    write_atomically(path, text.encode(), 'folder=')
     kept = {p['name'] for p in parts}
     for old in path.parent.iterdir():
         if old.name not in kept and re.fullmatch(re.escape(path.name[:-5]) + r'-\d+\.safetensors', old.name): old.unlink(missing_ok=True)

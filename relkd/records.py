@@ -22,10 +22,11 @@ from pathlib import Path
 
 import torch
 
-# %% ../nbs/lab/05_records.ipynb #3af0cef7
+# %% ../nbs/lab/05_records.ipynb #6583be35
 def write_atomically(
     path,        # of the file
     content:bytes,
+    option:str='--out', # what names the folder, for the error
 ):
     "Write a file whole or not at all, making its folder. Raises ValueError if the folder cannot be written to."
     path = Path(path)
@@ -39,7 +40,7 @@ def write_atomically(
         except BaseException:
             Path(temporary).unlink(missing_ok=True); raise
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror or error}; name a folder that can be written to with --out") from error
+        raise ValueError(f"cannot write {path}: {error.strerror or error}; name a folder that can be written to with {option}") from error
 
 # %% ../nbs/lab/05_records.ipynb #2488935a
 def check_writable(

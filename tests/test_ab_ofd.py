@@ -9,16 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from helpers import assert_same, DTYPES, gen, value_and_gradients
 from relkd.losses.ab import AB, Connector
 from relkd.losses.ofd import OFD, margin_from_batchnorm, margin_from_maps
 
 many = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 TOLERANCES = [(torch.float32, 2e-6), (torch.float64, 1e-13)]
-
-
-def gen(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def made(cls, *sizes, seed=0, dtype=torch.float32, **options):
@@ -36,19 +32,6 @@ def maps(draw, channels=True):
     g = gen(draw(st.integers(0, 10**6)))
     size, shift = 10 ** draw(st.floats(-2, 2)), draw(st.floats(-2, 2))
     return torch.randn(n, cs, h, w, generator=g, dtype=torch.float64) * size, torch.randn(n, ct, h, w, generator=g, dtype=torch.float64) + shift
-
-
-def value_and_gradients(f, *inputs):
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    value = f(*inputs)
-    return value.detach(), torch.autograd.grad(value, inputs)
-
-
-def assert_same(mine, theirs, tolerance):
-    (a, ga), (b, gb) = mine, theirs
-    assert abs(a - b) <= tolerance * abs(b)
-    for x, y in zip(ga, gb):
-        assert (x - y).abs().max() <= 10 * tolerance * y.abs().max()
 
 
 def ab_loop(s, t, margin=1.):

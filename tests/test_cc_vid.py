@@ -9,17 +9,13 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from helpers import assert_same, DTYPES, gen, learned, value_and_gradients
 from relkd.losses.cc import CC, correlation
 from relkd.losses.vid import VID
 from relkd.relations import as_map_pairs, pdist
 
 many = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 TOLERANCES = [(torch.float32, 5e-6), (torch.float64, 1e-12)]
-
-
-def gen(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -50,19 +46,6 @@ def maps(draw):
     n, cs, ct, h, w = (draw(st.integers(1, k)) for k in (4, 4, 4, 4, 4))
     seed = draw(st.integers(0, 10**6))
     return randn(n, cs, h, w, seed=seed), randn(n, ct, h, w, seed=seed + 1)
-
-
-def value_and_gradients(f, *inputs):
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    value = f(*inputs)
-    return value.detach(), torch.autograd.grad(value, inputs)
-
-
-def assert_same(mine, theirs, tolerance):
-    (a, ga), (b, gb) = mine, theirs
-    assert abs(a - b) <= tolerance * abs(b)
-    for x, y in zip(ga, gb):
-        assert (x - y).abs().max() <= 10 * tolerance * y.abs().max()
 
 
 # ---- CC against other code
@@ -501,14 +484,8 @@ def test_a_student_learns_the_teachers_correlations(options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         student = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 16))
-    opt = torch.optim.Adam(student.parameters(), lr=.01)
-    first = loss(student(x), t).item()
-    for _ in range(150):
-        opt.zero_grad()
-        last = loss(student(x), t)
-        last.backward()
-        opt.step()
-    assert last.item() < .1 * first
+    first, last = learned(loss, student, x, t, 150)
+    assert last < .1 * first
 
 
 def test_a_student_and_vid_learn_together():

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from helpers import After, gen
 import relkd.fewshot as fs
 from relkd.data import FewShot, load
 from relkd.distill import Row, Term
@@ -25,10 +26,6 @@ from relkd.records import load_records
 from relkd.train import Saver, Stop, Stopped, fit
 
 REAL = Path(__file__).resolve().parents[1] / ".data"
-
-
-def gen(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # --- episodes
@@ -185,16 +182,6 @@ def stream(data):
 
 def same(a, b):
     return all(x.equal(y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
-
-
-class After:
-    def __init__(self, steps):
-        self.steps, self.why = steps, None
-
-    def due(self, reserve):
-        self.steps -= 1
-        self.why = "budget" if self.steps == 0 else None
-        return bool(self.why)
 
 
 @pytest.fixture(scope="session")

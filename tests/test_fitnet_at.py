@@ -8,16 +8,12 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from helpers import assert_same, DTYPES, gen, value_and_gradients
 from relkd.losses.at import AT, attention
 from relkd.losses.fitnet import FitNet
 from relkd.relations import as_map_pairs
 
 many = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-
-def gen(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def fitnet(i, o, seed=0, dtype=torch.float32):
@@ -35,19 +31,6 @@ def maps(draw, same_size=True):
     g = gen(draw(st.integers(0, 10**6)))
     size = 10 ** draw(st.floats(-2, 2))
     return torch.randn(n, cs, h, w, generator=g, dtype=torch.float64) * size, torch.randn(n, ct, ht, wt, generator=g, dtype=torch.float64)
-
-
-def value_and_gradients(f, *inputs):
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    value = f(*inputs)
-    return value.detach(), torch.autograd.grad(value, inputs)
-
-
-def assert_same(mine, theirs, tolerance):
-    (a, ga), (b, gb) = mine, theirs
-    assert abs(a - b) <= tolerance * abs(b)
-    for x, y in zip(ga, gb):
-        assert (x - y).abs().max() <= 10 * tolerance * y.abs().max()
 
 
 # ---- against torchdistill

@@ -9,17 +9,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from helpers import assert_same, DTYPES, gen, value_and_gradients
 from relkd.losses.at import AT, attention
 from relkd.losses.fsp import FSP, flow_matrix
 from relkd.losses.ft import FT, FTShortcut, Paraphraser, Translator, unit_factor
 
 many = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 TOLERANCES = [(torch.float32, 5e-6), (torch.float64, 1e-12)]
-
-
-def gen(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -30,19 +26,6 @@ def ft(*args, seed=0, dtype=torch.float32, **options):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FT(*args, **options).to(dtype)
-
-
-def value_and_gradients(f, *inputs):
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    value = f(*inputs)
-    return value.detach(), torch.autograd.grad(value, inputs)
-
-
-def assert_same(mine, theirs, tolerance):
-    (a, ga), (b, gb) = mine, theirs
-    assert abs(a - b) <= tolerance * abs(b)
-    for x, y in zip(ga, gb):
-        assert (x - y).abs().max() <= 10 * tolerance * y.abs().max()
 
 
 def chain(n=3, sizes=((3, 4), (4, 4), (5, 2)), seed=0, dtype=torch.float32):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import After
 from relkd.data import Batches, load
 from relkd.distill import PAPER_ROWS, Row, Term
 from relkd.models import create
@@ -97,16 +98,6 @@ def test_a_full_disk_leaves_the_old_checkpoint_good(tmp_path, monkeypatch):
 
 
 # --- fit stops and goes on
-
-class After:
-    def __init__(self, steps):
-        self.steps, self.why = steps, None
-
-    def due(self, reserve):
-        self.steps -= 1
-        self.why = "budget" if self.steps == 0 else None
-        return bool(self.why)
-
 
 class Noisy(nn.Module):
     def __init__(self, seed):

@@ -8,20 +8,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import helpers
+from helpers import DTYPES, gen, learned, value_and_gradients
 from relkd.losses.pkt import PKT, conditional_probabilities
 from relkd.losses.rkd import RKDDistance
 from relkd.losses.sp import SP, similarities
 from relkd.relations import cosine_similarity_matrix
 
 many = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 LOSSES = [SP(), SP("global"), PKT(), PKT("batchmean"), PKT(distinct=True), PKT("batchmean", distinct=True)]
 ids = ["SP", "SP-global", "PKT", "PKT-batchmean", "PKT-distinct", "PKT-batchmean-distinct"]
 every_loss = pytest.mark.parametrize("loss", LOSSES, ids=ids)
-
-
-def gen(seed):
-    return torch.Generator().manual_seed(seed)
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -40,15 +37,12 @@ def pairs(draw, least=3):
 
 
 def value_and_gradient(f, s):
-    s = s.detach().clone().requires_grad_()
-    value = f(s)
-    return value.detach(), torch.autograd.grad(value, s)[0]
+    value, (gradient,) = value_and_gradients(f, s)
+    return value, gradient
 
 
 def assert_same(mine, theirs, tolerance):
-    (a, ga), (b, gb) = mine, theirs
-    assert abs(a - b) <= tolerance * abs(b)
-    assert (ga - gb).abs().max() <= 10 * tolerance * gb.abs().max()
+    helpers.assert_same((mine[0], mine[1:]), (theirs[0], theirs[1:]), tolerance)
 
 
 # ---- against torchdistill, against the formula
@@ -380,14 +374,8 @@ def test_a_student_learns(loss):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         student = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 8))
-    opt = torch.optim.Adam(student.parameters(), lr=.01)
-    first = loss(student(x), teacher).item()
-    for _ in range(100):
-        opt.zero_grad()
-        last = loss(student(x), teacher)
-        last.backward()
-        opt.step()
-    assert last.item() < .2 * first
+    first, last = learned(loss, student, x, teacher, 100)
+    assert last < .2 * first
 
 
 # ---- errors

@@ -139,7 +139,7 @@ def test_an_interruption_leaves_the_old_version_good(tmp_path, monkeypatch, afte
         real(a, b)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(ValueError, match=r"cannot write .*No space left on device.: name a folder"):
+    with pytest.raises(ValueError, match=r"cannot write .*No space left on device; name a folder"):
         save(new, NAME, *SMALL, tmp_path, 30_000)
     monkeypatch.undo()
     assert load(NAME, tmp_path)(images()).equal(rounded(old).eval()(images()))
