@@ -60,7 +60,7 @@ def _run_and_print(recipe, out, device, budget=None, part_size=None, root=None):
     print(); print(as_text(draw(recipe, out)))
     print(f'\n{len(records)} runs; records in {out}/records/{recipe.name}, table and figure {out}/{recipe.name.replace("/", "-")}.csv and .png')
 
-# %% ../nbs/lab/11_cli.ipynb #4a097a1e
+# %% ../nbs/lab/11_cli.ipynb #c1dc9130
 @app.command()
 def demo(out:str=OUT, device:str=DEVICE):
     "Teach students on real handwritten digits: the RKD paper's rows, eight seeds, about two minutes on two CPU cores."
@@ -93,7 +93,7 @@ def table(
     "Draw a table and its figure again from the records, without training."
     from relkd.recipes import recipe
     wanted = recipe(name).reduced(None, None, epochs); _, draw, as_text = _home(wanted)
-    print(as_text(draw(wanted, out)))
+    print(as_text(draw(wanted, out)) + (f'\n\ncut down: {wanted.cut}' if wanted.cut else ''))
 
 @app.command()
 def publish(

@@ -637,7 +637,7 @@ def table_figure(
     fig.set_layout_engine('tight')
     return fig
 
-# %% ../nbs/lab/07_fewshot.ipynb #da42e32b
+# %% ../nbs/lab/07_fewshot.ipynb #9c986c94
 def summary(
     recipe:FewShotRecipe,
     out='figures', # where its records are
@@ -657,6 +657,6 @@ def draw(
     "Draw a recipe's table and figure from its records and write them. Raises ValueError as `summary` does."
     from relkd.plots import save_figure
     frame, figure = summary(recipe, out)
-    write_atomically(Path(out) / f'{slug(recipe.name)}.csv', frame.round(3).to_csv(lineterminator='\n').encode())
+    write_atomically(Path(out) / f'{slug(recipe.name)}.csv', frame.round(3).assign(**{'cut_down': recipe.cut} if recipe.cut else {}).to_csv(lineterminator='\n').encode())
     save_figure(figure, Path(out) / f'{slug(recipe.name)}.png')
     return frame

@@ -223,7 +223,7 @@ def run(
         me.train(learners, [p for _, _, p in missing], recipe.schedule, index, stream, f'{label}{len(learners)} students', teacher)
     return records
 
-# %% ../nbs/lab/10_recipes.ipynb #cd7dbbd1
+# %% ../nbs/lab/10_recipes.ipynb #6cfe1046
 def summary(
     recipe:Recipe,
     out='figures', # where its records are
@@ -249,7 +249,7 @@ def draw(
     "Draw a recipe's table and figure from its records and write them. Raises ValueError as `summary` does."
     from relkd.plots import save_figure
     frame, figure = summary(recipe, out)
-    write_atomically(Path(out) / f'{slug(recipe.name)}.csv', frame.round(3).to_csv(lineterminator='\n').encode())
+    write_atomically(Path(out) / f'{slug(recipe.name)}.csv', frame.round(3).assign(**{'cut_down': recipe.cut} if recipe.cut else {}).to_csv(lineterminator='\n').encode())
     save_figure(figure, Path(out) / f'{slug(recipe.name)}.png')
     return frame
 

@@ -325,6 +325,7 @@ def test_the_table_and_its_files(done):
     assert list(frame.index) == [(t, row) for t in ("2-way 1-shot", "3-way 1-shot", "2-way 2-shot", "3-way 2-shot") for row in ("Teacher", "Student", "RKD-D")]
     assert (out / "toy.png").stat().st_size > 5000
     lines = list(csv.DictReader((out / "toy.csv").open()))
+    assert {l["cut_down"] for l in lines} == {TOY.cut}
     a = [r["tests"]["3-way 2-shot"]["accuracy"] for r in records if r["method"] == "RKD-D" and r["shot"] == 2]
     assert float(lines[-1]["accuracy"]) == pytest.approx(np.mean(a), abs=1e-3) and float(lines[-1]["over_seeds"]) == pytest.approx(np.std(a, ddof=1), abs=1e-3)
     text = fs.as_text(frame)
