@@ -180,6 +180,15 @@ for n, anchors in ((19, torch.arange(19)), (33, torch.arange(1, 33, 4))):
     for exact in (torch.zeros(len(anchors), dtype=torch.bool), torch.arange(len(anchors)) % 3 == 0, torch.ones(len(anchors), dtype=torch.bool)):
         for a, b in zip(cube(q, z, anchors, exact), _cube(both, anchors, torch.float64, False)):
             assert (a - b).abs().max() <= (1e-12 if exact.all() else 1e-6) * b.abs().max(), (n, (a - b).abs().max())
+from relkd.losses import angle
+def result(s, t, anchors): x = s.clone().requires_grad_(); l = angle.angle_loss(x, t, False, anchors); l.backward(); return l.detach(), x.grad
+s, t = torch.randn(21, 5, generator=g), torch.randn(21, 4, generator=g); near = s.clone(); near[1] = near[0] + 1e-3; near[3] = near[2]
+cases = [(e, k) for e in (s, near, s.double(), near.double()) for k in ((0, 1), (1, 2))]
+plain = [result(e, t.to(e.dtype), k) for e, k in cases]
+angle._on_gpu, angle._rough = cube, lambda near: (angle.amplification(near.float()) > angle.LIMIT).any(0)      # what a batch on a GPU goes through
+for (e, k), (l, d) in zip(cases, plain):
+    value, gradient = result(e, t.to(e.dtype), k); tolerance = 1e-12 if e.dtype == torch.float64 else 2e-6
+    assert abs(value - l) <= tolerance * l and (gradient - d).abs().max() <= tolerance * d.abs().max(), (e.dtype, k, value - l)
 print('equal')
 """
     env = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}

@@ -14,7 +14,7 @@ try:
     import triton.language as tl
 except ImportError: triton = None
 
-# %% ../../nbs/losses/22_angle_triton.ipynb #fc10facd
+# %% ../../nbs/losses/22_angle_triton.ipynb #4d55e63b
 def available() -> bool:
     "Is Triton here? On a CPU only its interpreter runs the kernel (TRITON_INTERPRET=1)."
     return triton is not None
@@ -28,14 +28,14 @@ if triton is not None:
         if SECOND: lo = tl.maximum(lo, exact)
         else: hi = tl.minimum(hi, exact)
         i = block * BI + tl.arange(0, BI); of_i = i < n
-        total = tl.zeros((BJ, BI), T)
+        total = tl.zeros((BJ, BI, BK), T)
         for first in range(lo, hi, BJ):
             at = first + tl.arange(0, BJ); of_j = at < hi
             row = tl.load(order + at, mask=of_j, other=0); j = tl.load(order + a + at, mask=of_j, other=0)
             ji = j[:, None].to(tl.int64) * n + i[None, :]; of_ji = of_j[:, None] & of_i[None, :]
             pi, ri = tl.load(q + ji, mask=of_ji, other=0.), tl.load(r + ji, mask=of_ji, other=0.)
             ti, ui = tl.load(z + ji, mask=of_ji, other=0.), tl.load(u + ji, mask=of_ji, other=0.)
-            vs, ws = tl.zeros((BJ, BI), T), tl.zeros((BJ, BI), T)
+            vs, ws = tl.zeros((BJ, BI, BK), T), tl.zeros((BJ, BI, BK), T)
             for start in range(0, n, BK):
                 k = start + tl.arange(0, BK); of_k = k < n
                 jk = j[:, None].to(tl.int64) * n + k[None, :]; of_jk = of_j[:, None] & of_k[None, :]
@@ -45,22 +45,22 @@ if triton is not None:
                 W = ri[:, :, None] * rk[:, None, :]; X = pi[:, :, None] + pk[:, None, :] - tl.load(q + ik, mask=of_ik, other=0.)[None]
                 delta = W * X - ui[:, :, None] * uk[:, None, :] * (ti[:, :, None] + tk[:, None, :] - tl.load(z + ik, mask=of_ik, other=0.)[None])
                 h = tl.minimum(tl.maximum(delta, -1.), 1.)
-                total += tl.sum(h * (delta - .5 * h), 2)
+                total += h * (delta - .5 * h)
                 V = h * W
-                vs += tl.sum(V, 2); ws += tl.sum(V * X, 2)
+                vs += V; ws += V * X
                 mine = M + part.to(tl.int64) * n * n + ik
                 tl.store(mine, tl.load(mine, mask=of_ik, other=0.) + tl.sum(V, 0), mask=of_ik)
             out = row[:, None].to(tl.int64) * n + i[None, :]
-            tl.store(v + out, vs, mask=of_ji); tl.store(w + out, ws, mask=of_ji)
-        tl.store(loss + block * tl.num_programs(1) + part, tl.sum(tl.sum(total, 1), 0))
+            tl.store(v + out, tl.sum(vs, 2), mask=of_ji); tl.store(w + out, tl.sum(ws, 2), mask=of_ji)
+        tl.store(loss + block * tl.num_programs(1) + part, tl.sum(tl.sum(tl.sum(total, 2), 1), 0))
 
-# %% ../../nbs/losses/22_angle_triton.ipynb #809a45b1
+# %% ../../nbs/losses/22_angle_triton.ipynb #ddf6899f
 def cube(
     q:torch.Tensor,       # (N, N) float64, squared distances of the student
     z:torch.Tensor,       # (N, N) float64, of the teacher
     anchors:torch.Tensor, # (A,) which vertices
     exact:torch.Tensor,   # (A,) bool, those to be computed in float64
-    box:tuple=(4, 16, 32),# anchors, points i and points k a step, powers of 2
+    box:tuple=(8, 16, 32),# anchors (half as many in float64), points i and points k a step, powers of 2
 ) -> tuple: # loss () float64, M (N, N), v (A, N), w (A, N)
     "Sum of the Huber losses of all cosines at these vertices, and the tables of its gradient."
     n, a = len(q), len(anchors); blocks = triton.cdiv(n, box[1])
@@ -73,6 +73,6 @@ def cube(
         x, y = q.to(dtype), z.to(dtype); r, u = (torch.where(t > 0, t.rsqrt(), 0.).mul_(.5**.5) for t in (x, y))
         m, one = q.new_zeros(parts, n, n, dtype=dtype), torch.zeros(blocks * parts, dtype=dtype, device=q.device)
         vs, ws = (q.new_zeros(a, n, dtype=dtype) for _ in range(2))
-        _box[blocks, parts](x, r, y, u, order, split, one, m, vs, ws, n, a, per, *box, tl.float64 if second else tl.float32, bool(second))
-        loss[second] = one; M = M + m.double().sum(0); v += vs; w += ws
+        _box[blocks, parts](x, r, y, u, order, split, one, m, vs, ws, n, a, per, max(1, box[0] // (1 + second)), *box[1:], tl.float64 if second else tl.float32, bool(second), num_warps=8)
+        loss[second] = one; M = M + m.sum(0, dtype=torch.float64); v += vs; w += ws
     return loss.sum(), M, v, w
