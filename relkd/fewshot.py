@@ -428,7 +428,7 @@ class FewShotRecipe:
                  ('row Teacher', '1 prototypical'), *((f'row {r.name}', _in_words(r)) for r in self.rows), *((('cut down', self.cut),) if self.cut else ())]
         return '\n'.join(f'{k:22} {v}' for k, v in lines)
 
-# %% ../nbs/lab/07_fewshot.ipynb #641f0aa4
+# %% ../nbs/lab/07_fewshot.ipynb #fc602266
 def _quoted(tests, **rows): return tuple((row.replace('_', '-'), t, *(v if isinstance(v, tuple) else (v, None))) for row, values in rows.items() for t, v in zip(tests, values))
 
 _four, _two = ('5-way 1-shot', '5-way 5-shot', '20-way 1-shot', '20-way 5-shot'), ('5-way 1-shot', '5-way 5-shot')
@@ -444,7 +444,7 @@ FEWSHOT_RECIPES = {r.name: r for r in (
     replace(_omniglot, name='omniglot/cpu', title='Omniglot on two CPU cores: Teacher, RKD-D, RKD-DA, and a student without a teacher', rows=_omniglot.rows[:3], schedule=EpisodeSchedule(1000, way=20, halve_every=200), validate_every=5,
             cut='omniglot/paper with 20-way instead of 60-way training, 1,000 of 10,000 training episodes (halvings squeezed along), 4 of 8 rows'),
     _mini, _cifar,
-    replace(_cifar, name='cifar_fs/cpu', title='CIFAR-FS on two CPU cores: 5-shot, four rows', rows=_cifar.rows[:3], schedule=EpisodeSchedule(400, way=10, query=5, halve_every=80), shots=(5,), validate_every=4,
+    replace(_cifar, name='cifar_fs/cpu', title='CIFAR-FS on two CPU cores: 5-shot, four rows', rows=_cifar.rows[:3], schedule=EpisodeSchedule(400, way=10, query=5, halve_every=80), shots=(5,), validate_every=4, seeds=tuple(range(9)),
             cut='cifar_fs/paper with 10-way 5-query instead of 20-way 15-query training, 400 of 10,000 training episodes (halvings squeezed along), 5-shot only, 4 of 8 rows'),
     replace(_cifar, name='fc100/paper', title='the recipe of Table 6 on FC100', data='fc100'),
 )}

@@ -42,7 +42,7 @@ def machine_limits(
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2)); x = torch.empty(bytes_, dtype=torch.uint8, device=device); y = torch.empty_like(x)
     return {'copy_GB_s': 2 * bytes_ / _ms(lambda: y.copy_(x), device, 9) / 1e6, 'product_Tmac_s': n**3 / _ms(lambda: a @ b, device, 9) / 1e9}
 
-# %% ../nbs/lab/13_profile.ipynb #2c4b2dee
+# %% ../nbs/lab/13_profile.ipynb #3e9e0416
 class _Count(TorchDispatchMode):
     "How many operations run inside `with`."
     calls = 0
@@ -63,10 +63,10 @@ def count_calls(
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as p: f(); _wait(device)
     found = p.key_averages()
     def named(*parts): return sum(e.count for e in found if any(t in e.key for t in parts))
-    return {'launches': named('LaunchKernel', 'GraphLaunch'), 'waits': named('StreamSynchronize', 'EventSynchronize', 'DeviceSynchronize') - 1,     # less the one that ends the measurement
-            'kernel_ms': sum(e.self_device_time_total for e in found) / 1e3}
+    return {'launches': named('LaunchKernel', 'GraphLaunch'), 'waits': named('StreamSynchronize', 'EventSynchronize', 'DeviceSynchronize') - 2,     # less ours, which ends the measurement, and the profiler's own
+            'kernel_ms': sum(e.self_device_time_total for e in found if e.device_type.name == 'CUDA' and not e.is_user_annotation) / 1e3}
 
-# %% ../nbs/lab/13_profile.ipynb #09b3d40f
+# %% ../nbs/lab/13_profile.ipynb #7dec79d3
 def profile_recipe(
     recipe:Recipe,
     out='figures',       # the record goes to out/records/bench
@@ -105,15 +105,16 @@ def profile_recipe(
     for l in learners: rows.append({'part': l.row.name, 'ms': _ms(lambda: l.step(fabric, 0., 0, x, dict(of_batch), y, place[index]), dev, steps), 'objective_ms': _ms(alone(l), dev, steps)})
     calls, size = count_calls(whole, dev), tuple(x.shape[1:])
     trainee = Learner(me.network(recipe.teacher, 1000), Row('Teacher'), recipe.teacher_schedule); trainee.build(x[:2], {}); trainee.model.train()
-    def train(): i, x, y = next(drawn); trainee.step(fabric, 0., 0, x, {}, y, place[i])
+    whole_set = Batches(data, recipe.teacher_schedule.batch_size, 0, None, recipe.augment); for_teacher = (b for _ in iter(int, 1) for b in whole_set.epoch(0))
+    def train(): i, x, y = next(for_teacher); trainee.step(fabric, 0., 0, x, {}, y, i)
     of_teacher = _ms(train, dev, steps)
     limits, n = machine_limits(dev), len(x); macs = {'teacher': flops(create(recipe.teacher, len(data.classes), data.channels), size), 'student': flops(create(recipe.student, len(data.classes), data.channels), size)}
     total = lambda s, many: s.epochs * (many // s.batch_size)
-    return _save(out, f'profile-{slug(recipe.name)}', dev, rows, recipe=recipe.name, batch=n, step_ms=step, teacher_training_ms=of_teacher, calls=calls, teacher_calls=count_calls(train, dev), limits=limits,
-                          floor_ms={'step': 1e-9 * n * (macs['teacher'] + 3 * len(learners) * macs['student']) / limits['product_Tmac_s'], 'teacher training': 3e-9 * n * macs['teacher'] / limits['product_Tmac_s']},
+    return _save(out, f'profile-{slug(recipe.name)}', dev, rows, recipe=recipe.name, batch=n, teacher_batch=recipe.teacher_schedule.batch_size, step_ms=step, teacher_training_ms=of_teacher, calls=calls, teacher_calls=count_calls(train, dev), limits=limits,
+                          floor_ms={'step': 1e-9 * n * (macs['teacher'] + 3 * len(learners) * macs['student']) / limits['product_Tmac_s'], 'teacher training': 3e-9 * recipe.teacher_schedule.batch_size * macs['teacher'] / limits['product_Tmac_s']},
                           hours={'teacher': total(recipe.teacher_schedule, len(data.train_labels)) * of_teacher / 3.6e6, 'students': total(recipe.schedule, len(batches.index)) * step / 3.6e6})
 
-# %% ../nbs/lab/13_profile.ipynb #00632ac2
+# %% ../nbs/lab/13_profile.ipynb #52def509
 def profile_table(
     record:dict,
 ): # pandas table: a row a part
@@ -128,8 +129,8 @@ def profile_text(
     "The same as text, with rates, calls, the floor and the time that the whole recipe would take."
     n, f, h = record['batch'], record['floor_ms'], record['hours']
     lines = [f"{record['recipe']} on {record['device']}: step {record['step_ms']:.1f} ms, {1e3 * n / record['step_ms']:,.0f} images/s through all students; the products alone {f['step']:.2f} ms",
-             f"teacher training: step {record['teacher_training_ms']:.1f} ms, {1e3 * n / record['teacher_training_ms']:,.0f} images/s; the products alone {f['teacher training']:.2f} ms",
+             f"teacher training: step {record['teacher_training_ms']:.1f} ms, {1e3 * record['teacher_batch'] / record['teacher_training_ms']:,.0f} images/s; the products alone {f['teacher training']:.2f} ms",
              f"a step asks for {', '.join(f'{v:,.4g} {k}' for k, v in record['calls'].items())}; one of the teacher's training for {', '.join(f'{v:,.4g} {k}' for k, v in record['teacher_calls'].items())}",
-             f"the device copies {record['limits']['copy_GB_s']:,.0f} GB/s and multiplies {record['limits']['product_Tmac_s']:,.3g} T multiply-adds/s",
-             f"the whole recipe, one seed, without tests: teacher {h['teacher']:.3g} h, students {h['students']:.3g} h"]
+             f"the device moves {record['limits']['copy_GB_s']:,.0f} GB/s (read plus written) and makes {record['limits']['product_Tmac_s']:,.3g} T multiply-adds/s in a large product",
+             f"the whole recipe, one seed, without tests and first stages: teacher {h['teacher']:.3g} h, students {h['students']:.3g} h"]
     return '\n'.join([*lines, '', profile_table(record).round(2).to_string(na_rep='')])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'recipe', 'run', 'summary', 'draw', 'publish']
 
-# %% ../nbs/lab/10_recipes.ipynb #ca7272ab
+# %% ../nbs/lab/10_recipes.ipynb #1bef1b35
 import hashlib
 import re
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +17,7 @@ from .data import Batches, few_per_class, flip, load, nearest, pad_crop
 from .distill import HKD, PAPER_ROWS, RKD_A, RKD_D, Objective, Row, Term
 from .features import Features
 from .fewshot import FEWSHOT_RECIPES
-from .models import create, rounded, save
+from .models import create, manifest, rounded, save
 from .records import check_writable, digest, drop_checkpoint, environment, load_checkpoint, load_records, make_record, record_path, save_checkpoint, slug, table, write_atomically, write_record
 from .train import Learner, Saver, Schedule, Stop, evaluate, fit, make_fabric
 
@@ -283,7 +283,7 @@ def _tested(net, data):
     "Test accuracy in float32, also of a GPU's convolutions."
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False): return evaluate(net, data)
 
-# %% ../nbs/lab/10_recipes.ipynb #cf87c528
+# %% ../nbs/lab/10_recipes.ipynb #11f43ca9
 def publish(
     recipe:Recipe,     # finished
     out='figures',     # where its records and checkpoints are
@@ -309,4 +309,8 @@ def publish(
             **({'chosen': chosen} if key[0] == best else {}),
             'record': {'path': path.relative_to(out).as_posix(), 'sha256': hashlib.sha256(path.read_bytes()).hexdigest(), 'run': record['run'], 'accuracy': record['last']},
             'input': {'shape': list(data.test_images.shape[1:]), 'scale': '(bytes / 255 - mean) / std', 'mean': mean, 'std': std}, 'class_names': list(data.classes)}))
+    for _, network, _ in made:                                            # weights of another recipe are not replaced without a word
+        try: old = manifest(f'{recipe.data}/{network}', folder)['about'].get('recipe')
+        except ValueError: continue
+        if old not in (None, recipe.name): raise ValueError(f"{recipe.data}/{network} in {folder} is of recipe {old}: name another folder with --weights, or remove it")
     return [save(net, f'{recipe.data}/{network}', network, len(data.classes), data.channels, folder, about=about) for net, network, about in made]

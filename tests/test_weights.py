@@ -280,6 +280,14 @@ def test_the_teacher_and_the_best_row_of_the_first_seed_are_published(finished, 
     assert f"({mean[best]:.2f} %) of RKD-D, HKD over seeds 1, 0" in made[1]["about"]["chosen"] and "chosen" not in made[0]["about"]
 
 
+def test_weights_of_another_recipe_are_not_replaced(finished, tmp_path):
+    about = {"recipe": "digits/losses"}
+    save(create("resnet8x0.5", 10, 1), "digits/resnet8x0.5", "resnet8x0.5", 10, 1, tmp_path, about=about)
+    with pytest.raises(ValueError, match="digits/resnet8x0.5 in .* is of recipe digits/losses: name another folder with --weights, or remove it"):
+        publish(TINY, finished[0], tmp_path, device="cpu")
+    assert manifest("digits/resnet8x0.5", tmp_path)["about"] == about and len(files(tmp_path)) == 2, "the teacher is not written either"
+
+
 def test_fewer_rows_and_seeds_can_be_published_and_the_plain_student_never(finished, tmp_path):
     out, records = finished
     for row in ("RKD-D", "HKD"):

@@ -11,13 +11,13 @@ from torch import nn
 
 from ..relations import as_pair, full_precision, known_gradient
 
-# %% ../../nbs/losses/04_sp.ipynb #e6d1391b
+# %% ../../nbs/losses/04_sp.ipynb #7acc1f72
 def _normalised(gram, norm, eps):
-    "Gram matrices (..., N, N), which are overwritten, over their lengths; and the lengths, infinite for silent rows."
+    "Gram matrices (..., N, N), which are overwritten, over their lengths; the lengths, infinite for silent rows, over the longest embedding; and that."
     longest = gram.detach().amax((-2, -1), keepdim=True).sqrt_().clamp_(min=eps)   # the largest entry stands on the diagonal; cancels below, its gradient too
     length = torch.linalg.vector_norm(gram.div_(longest), dim=-1 if norm == 'row' else (-2, -1), keepdim=True)
     length = length.masked_fill(length <= eps, float('inf'))
-    return gram / length, length * longest
+    return gram / length, length, longest
 
 def similarities(
     e:torch.Tensor,    # (N, D), float32 or float64
@@ -27,7 +27,7 @@ def similarities(
     "The Gram matrix of a batch, normalised (Tung & Mori 2019, row-wise)."
     return _normalised(e @ e.t(), norm, eps)[0]
 
-# %% ../../nbs/losses/04_sp.ipynb #a75ca5cc
+# %% ../../nbs/losses/04_sp.ipynb #4e94514b
 class SP(nn.Module):
     "Mean squared difference of the row-normalised Gram matrices of a batch (Tung & Mori 2019, the similarity-preserving loss)."
     def __init__(self,
@@ -52,10 +52,10 @@ class SP(nn.Module):
         s, t = as_pair(s, t, 2, 'SP')
         dtype, over = torch.promote_types(s.dtype, t.dtype), -1 if self.norm == 'row' else (-2, -1)
         with full_precision(s), torch.no_grad():
-            x, y = s.to(dtype), t.to(dtype); tables, length = _normalised(torch.stack([x @ x.t(), y @ y.t()]), self.norm, 1e-5); P, Q = tables.unbind()
+            x, y = s.to(dtype), t.to(dtype); tables, length, longest = _normalised(torch.stack([x @ x.t(), y @ y.t()]), self.norm, 1e-5); P, Q = tables.unbind()
             gap = P - Q; loss = gap.square().mean()
             A = torch.addcmul(gap, P, (P * gap).sum(over, keepdim=True), value=-1).div_(length[0] * (gap.numel() / 2))
-            gradient = ((A + A.t()) @ x).to(s.dtype)
+            gradient = ((A + A.t()) @ (x / longest[0])).to(s.dtype)
         return known_gradient(s, loss, gradient, 'SP', 'use mse_loss of two similarities() for that')
 
     def extra_repr(self): return f'norm={self.norm!r}'
