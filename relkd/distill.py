@@ -86,6 +86,8 @@ class Objective(nn.Module):
         self.student_layers = _all(['logits', *(t.student for t in terms)])
         self.teacher_layers = _all(t.teacher for t in terms)
         self.losses = nn.ModuleDict()
+        equal = [replace(t, weight=1.) for t in terms]           # terms that are equal but for the weight share one loss
+        self._keys = [f'{equal.index(t)}-{t.loss}' for t in equal]
 
     def build(self,
         student:dict, # layer -> tensor, of one example batch
@@ -93,11 +95,9 @@ class Objective(nn.Module):
         labels=None,  # (n,) of all training samples
     ) -> 'Objective': # itself
         "Make the losses; terms of both stages that are equal but for the weight share one."
-        for term in (*self.row.terms, *self.row.first):
-            if self._key(term) not in self.losses: self.losses[self._key(term)] = term.build(_pick(student, term.student), _pick(teacher, term.teacher), labels)
+        for key, term in zip(self._keys, (*self.row.terms, *self.row.first)):
+            if key not in self.losses: self.losses[key] = term.build(_pick(student, term.student), _pick(teacher, term.teacher), labels)
         return self
-
-    def _key(self, term): return f'{[replace(t, weight=1.) for t in (*self.row.terms, *self.row.first)].index(replace(term, weight=1.))}-{term.loss}'
 
     @staticmethod
     def _of_teacher(loss, teacher, layer):
@@ -114,8 +114,9 @@ class Objective(nn.Module):
         first:bool=False,          # the first stage?
     ) -> torch.Tensor: # 0-dim
         total = 0. if first else self.row.task * F.cross_entropy(student['logits'].float(), labels)
-        for term in self.row.first if first else self.row.terms:
-            loss = self.losses[self._key(term)]
+        n = len(self.row.terms)
+        for key, term in zip(self._keys[n:], self.row.first) if first else zip(self._keys, self.row.terms):
+            loss = self.losses[key]
             f = loss.prepare if first and hasattr(loss, 'prepare') else loss
             more = {'index': index} if 'index' in inspect.signature(loss.forward).parameters else {}
             total = total + term.weight * f(_pick(student, term.student), self._of_teacher(loss, teacher, term.teacher), **more)

@@ -70,10 +70,11 @@ def pdist(
     with full_precision(e):
         e = e - e.mean(0)                                   # distances do not see the shift, rounding does
         gram = e @ e.t()
-        norm2 = gram.diagonal()
+        i = torch.arange(e.shape[0], device=e.device)
+        norm2 = gram[i, i]                                  # a copy: Inductor overwrites what a view such as diagonal() looks at
         d = (norm2[:, None] + norm2[None] - 2 * gram).clamp(min=eps)
         if not squared: d = d.sqrt()
-        return d.masked_fill(torch.eye(len(e), dtype=torch.bool, device=e.device), 0)
+        return d.masked_fill(torch.eye(e.shape[0], dtype=torch.bool, device=e.device), 0)
 
 # %% ../nbs/00_relations.ipynb #f3daf8f9
 def cosine_similarity_matrix(

@@ -1,11 +1,45 @@
-"""What several test files share: precisions, seeded generators, values with gradients, a stop after some steps, a loop that learns."""
+"""What several test files share: precisions, seeded generators, a case of every loss, values with gradients, a stop after some steps, a loop that learns."""
 import torch
+
+from relkd import losses
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def gen(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def _maps(n, size):
+    return (n, 4, size, size)
+
+
+# of every loss: how to make one, and the shapes of the layers that it reads
+CASES = {
+    "KD": (losses.KD, lambda n, size: [(n, 10)]),
+    **{name: (getattr(losses, name), lambda n, size: [(n, 6 * size)]) for name in ("CC", "PKT", "RKD", "RKDAngle", "RKDDistance")},
+    "CRD": (lambda: losses.CRD(24, 24, samples=2000, feat_dim=5, negatives=7), lambda n, size: [(n, 24)]),
+    **{name: (getattr(losses, name), lambda n, size: [_maps(n, size)]) for name in ("AT", "SP", "NST", "FTShortcut")},
+    **{name: (lambda name=name: getattr(losses, name)(4, 4), lambda n, size: [_maps(n, size)]) for name in ("FitNet", "VID", "AB", "OFD", "FT")},
+    "FSP": (losses.FSP, lambda n, size: [_maps(n, 2 * size), (n, 6, size, size)]),
+}
+
+
+def case(name, n=8, size=4, dtype=torch.float32):
+    """A loss, a batch of n for it of the student and one of the teacher, each a list of layers, and what it is told beside them."""
+    make, shapes = CASES[name]
+    g = gen()
+    s, t = ([torch.randn(shape, generator=g).to(dtype) for shape in shapes(n, size)] for _ in range(2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        loss = make()
+    more = {"index": torch.arange(n), "negatives": torch.arange(7 * n).view(n, 7) % 2000} if name == "CRD" else {}
+    return loss, s, t, more
+
+
+def as_given(layers):
+    """One layer as a tensor, several as a list: as a user calls a loss."""
+    return layers[0] if len(layers) == 1 else layers
 
 
 def value_and_gradients(f, *inputs):

@@ -48,21 +48,6 @@ def test_a_number_without_dimensions_student_first_teacher_without_gradient(name
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_equal_in_a_compiled_graph(name, flags):
-    """One graph, no break; with --flags slow through inductor as well."""
-    for backend in ("aot_eager", "inductor") if "slow" in flags else ("aot_eager",):
-        loss, s, t, more = case(name)
-        results = []
-        for f in (copy.deepcopy(loss), torch.compile(copy.deepcopy(loss), fullgraph=True, backend=backend)):
-            x = [v.clone().requires_grad_() for v in leaves(s)]
-            value = f(x if isinstance(s, list) else x[0], t, **more)
-            results.append((value.detach(), torch.autograd.grad(value, x)))
-        (a, ga), (b, gb) = results
-        torch.testing.assert_close(a, b)
-        torch.testing.assert_close(ga, gb, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", CASES)
 def test_saved_and_read_back(name):
     loss, s, t, more = case(name)
     loss(s, t, **more)                                       # moves statistics and memories
