@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SUPERCLASSES', 'CLASSES', 'PLAIN', 'CIFAR10', 'CIFAR100', 'TINY', 'TINYIMAGENET', 'HELD_OUT', 'CIFAR_FS', 'FC100',
            'OMNIGLOT', 'MINIIMAGENET', 'SOURCES', 'Dataset', 'digits', 'data_root', 'nearest', 'Source', 'download',
-           'FewShot', 'area_resize', 'load', 'fetch', 'inventory', 'few_per_class', 'pad_crop', 'flip', 'rotate',
-           'colour_jitter', 'Batches']
+           'FewShot', 'area_resize', 'nearest_resize', 'load', 'fetch', 'inventory', 'few_per_class', 'pad_crop',
+           'flip', 'rotate', 'colour_jitter', 'Batches']
 
 # %% ../nbs/lab/00_data.ipynb #1977e836
 import csv
@@ -135,6 +135,7 @@ class Source:
     places:tuple     # of (words, files relative to the root, function of (root, name)); the first place that is whole is read
     how:str          # to get it, in words
     get:object=None  # function of (root, progress) that downloads it, if it can be downloaded
+    options:tuple=() # names of what a reader may choose
 
     def place(self,
         root:Path,
@@ -144,10 +145,15 @@ class Source:
 
     def __call__(self,
         root=None, # as data_root takes it
+        **options  # of those in `self.options`
     ): # Dataset or FewShot
-        "Read it. Raises ValueError if it is not there, or damaged."
+        "Read it. Raises ValueError if it is not there, or damaged, and for an option that it has not."
         root = data_root(root)
-        if found := self.place(root): return found[2](root, self.name)
+        for k in options:
+            if k not in self.options:
+                has = f"has {', '.join(self.options)}" if self.options else 'has none'
+                raise ValueError(f"data set {self.name!r} has no option {k!r}: it {has}")
+        if found := self.place(root): return found[2](root, self.name, **options)
         lacks = [f for p in self.places if any((root / f).exists() for f in p[1]) for f in p[1] if not (root / f).exists()]
         raise ValueError(f"data set {self.name!r} is not in {root}: looked for {' and '.join(p[0] for p in self.places)}"
                          + (f" ({', '.join(lacks[:4])} missing)" if lacks else '') + f"; {self.how} (RELKD_DATA names another folder)")
@@ -422,8 +428,17 @@ def area_resize(
         return ((torch.minimum(edges[1:, None], pixel + 1) - torch.maximum(edges[:-1, None], pixel)).clamp(min=0) * size / old).float()
     return _like(overlap(images.shape[2]) @ images.float() @ overlap(images.shape[3]).T, images)
 
+# %% ../nbs/lab/00_data.ipynb #0e57aa12
+def nearest_resize(
+    images:torch.Tensor, # (N, C, H, W)
+    size:int,            # new height and width
+) -> torch.Tensor: # (N, C, size, size), of the same type
+    "Keep the pixel under each new pixel's centre and drop the rest: what Pillow does with one-bit images."
+    def kept(old): return ((torch.arange(size, device=images.device) + .5) * old / size).long()
+    return images[:, :, kept(images.shape[2])[:, None], kept(images.shape[3])]
+
 # %% ../nbs/lab/00_data.ipynb #13036e18
-def _read_omniglot(root, name):
+def _read_omniglot(root, name, resize='area'):
     "Omniglot from `omniglot/{images,labels}.npy`, (N, 105, 105) with 1 = ink, and characters.csv (label, subset, alphabet, character)."
     folder = root / 'omniglot'
     images = _npy(folder / 'images.npy', 3, 'uint8 drawings (N, H, W)', lambda a: a.dtype == np.uint8)
@@ -431,7 +446,9 @@ def _read_omniglot(root, name):
     characters = {r['label']: (r['alphabet'], r['character']) for r in rows}; n = len(rows)
     if set(characters) != set(map(str, range(n))): raise ValueError(f"{folder / 'characters.csv'} must have one row for each label from 0 to {n - 1}; got {', '.join(sorted(r['label'] for r in rows)[:4])} ...")
     labels = torch.from_numpy(_label_array(folder / 'labels.npy', images, n))
-    small = torch.cat([area_resize(part.gt(0).to(torch.uint8)[:, None] * 255, 28) for part in torch.from_numpy(images).split(1024)])
+    if resize not in ('area', 'nearest'): raise ValueError(f"omniglot is shrunk with resize 'area' or 'nearest'; got {resize!r}")
+    shrink = area_resize if resize == 'area' else nearest_resize
+    small = torch.cat([shrink(part.gt(0).to(torch.uint8)[:, None] * 255, 28) for part in torch.from_numpy(images).split(1024)])
     called = [{a, f'{a}/{c}'} for a, c in (characters[str(i)] for i in range(n))] * 4
     return FewShot(name, torch.cat([torch.rot90(small, k, (2, 3)) for k in range(4)]), torch.cat([labels + k * n for k in range(4)]), _splits('omniglot', called),
                    tuple(f'{a}/{c}/rot{90 * k:03}' for k in range(4) for a, c in (characters[str(i)] for i in range(n))))
@@ -444,7 +461,7 @@ def _csv(path, columns):
     if not rows or any(r.get(c) is None for r in rows for c in columns): raise ValueError(f"{path} must have rows with the columns {', '.join(columns)}")
     return rows
 
-def _unpack_omniglot(root, name):
+def _unpack_omniglot(root, name, resize='area'):
     "Decode the two zips that torchvision downloads, once, into `omniglot/`, then read that."
     labels, rows, images = [], [], []
     for subset in ('images_background', 'images_evaluation'):
@@ -457,7 +474,7 @@ def _unpack_omniglot(root, name):
     with _built(root / 'omniglot') as part:
         np.save(part / 'images.npy', np.concatenate(images)); np.save(part / 'labels.npy', np.array(labels, dtype=np.int64))
         with open(part / 'characters.csv', 'w', newline='', encoding='utf-8') as f: csv.writer(f).writerows([('label', 'subset', 'alphabet', 'character'), *rows])
-    return _read_omniglot(root, name)
+    return _read_omniglot(root, name, resize)
 
 def _fetch_omniglot(root, progress):
     from torchvision.datasets import Omniglot
@@ -465,7 +482,7 @@ def _fetch_omniglot(root, progress):
 
 OMNIGLOT = Source('omniglot', (('omniglot/{images,labels}.npy with characters.csv', tuple(f'omniglot/{f}' for f in ('images.npy', 'labels.npy', 'characters.csv')), _read_omniglot),
                                ('omniglot-py/images_{background,evaluation}.zip', tuple(f'omniglot-py/images_{p}.zip' for p in ('background', 'evaluation')), _unpack_omniglot)),
-                  '`relkd data get omniglot` fetches it', _fetch_omniglot)
+                  '`relkd data get omniglot` fetches it', _fetch_omniglot, ('resize',))
 
 # %% ../nbs/lab/00_data.ipynb #6bd83c5d
 def _read_miniimagenet(root, name):
@@ -507,10 +524,11 @@ def _source(name, root):
 def load(
     name:str,  # one of SOURCES, or a folder of plain arrays below the root
     root=None, # where to look; as data_root takes it
+    **options  # of a source that leaves a choice: resize='nearest' for 'omniglot'
 ): # Dataset, or FewShot for 'omniglot', 'cifar_fs', 'fc100', 'miniimagenet'
     "The data set of that name. Raises ValueError for an unknown one, naming the nearest, and for one that is missing or damaged."
     source = _source(name, data_root(root))
-    return source(root) if isinstance(source, Source) else source()
+    return source(root, **options) if isinstance(source, Source) else source(**options)
 
 def fetch(
     name:str,            # one of SOURCES

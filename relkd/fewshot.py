@@ -26,7 +26,7 @@ from .features import Features
 from .models import create
 from .records import check_writable, digest, drop_checkpoint, environment, load_checkpoint, load_records, make_record, save_checkpoint, slug, write_atomically, write_record
 from .relations import full_precision, pdist
-from .train import Learner, Saver, Stop, fit, make_fabric
+from .train import Learner, Saver, Stop, chosen_precision, fit, make_fabric
 
 # %% ../nbs/lab/07_fewshot.ipynb #1786ed4e
 class ByClass(NamedTuple):
@@ -375,6 +375,8 @@ class FewShotRecipe:
     quoted:tuple=()             # (row, test, accuracy, half of its interval or None) that a paper reports
     source:str=''               # where the quoted numbers are from
     cut:str=''                  # in words, what was cut down
+    precision:str=None          # of training: '32' or 'bf16'; by default bf16 on a GPU and 32 on a CPU. Tests are in float32
+    data_options:tuple=()       # pairs (name, value) for `relkd.data.load`
 
     @property
     def runs(self) -> int: return (1 + len(self.rows)) * len(self.shots) * len(self.seeds)
@@ -421,7 +423,7 @@ class FewShotRecipe:
                 for way in ways: check_episodes(table, way, shot, query, f'the {split} classes of {data.name}', data.classes)
 
     def __str__(self):
-        lines = [('recipe', f'{self.name}: {self.title}'), ('data', self.data), ('network', f'{self.network} without a classifier, teacher and students'), ('training', f'{" and ".join(map(str, self.shots))}-shot; {self.schedule}'),
+        lines = [('recipe', f'{self.name}: {self.title}'), ('data', self.data + ''.join(f', {k} {v}' for k, v in self.data_options)), ('precision', self.precision or 'bf16 on a GPU, 32 on a CPU'), ('network', f'{self.network} without a classifier, teacher and students'), ('training', f'{" and ".join(map(str, self.shots))}-shot; {self.schedule}'),
                  ('validation', f'{self.ways[0]}-way, {self.test_episodes // 4} episodes every {self.validate_every * self.schedule.epoch:,}; chooses nothing'),
                  ('test', f'{", ".join(self.tests)}; {self.test_query} queries, {self.test_episodes:,} episodes, the same for all; after the last training episode'),
                  ('seeds', ', '.join(map(str, self.seeds)) + '; each with its own teacher; its students share initial weights and episodes'),
@@ -435,14 +437,19 @@ _four, _two = ('5-way 1-shot', '5-way 5-shot', '20-way 1-shot', '20-way 5-shot')
 _table5 = _quoted(_four, Teacher=(98.55, 99.56, 95.11, 98.68), RKD_D=(98.58, 99.65, 95.45, 98.72), RKD_DA=(98.64, 99.64, 95.52, 98.67))
 _table6 = _quoted(_two, Teacher=((49.1, .82), (66.87, .66)), RKD_D=((49.66, .84), (67.07, .67)), RKD_DA=((50.02, .83), (68.16, .67)), FitNet=((50.38, .81), (68.08, .65)), Attention=((34.67, .65), (46.21, .70)))
 
-_omniglot = FewShotRecipe('omniglot/paper', 'Table 5 of the RKD paper: Omniglot, and four rows beyond it', 'omniglot', few_shot_rows(28), EpisodeSchedule(), quoted=_table5, source='Park et al. 2019, Table 5, quoted from memory')
+_omniglot = FewShotRecipe('omniglot/paper', 'Table 5 of the RKD paper: Omniglot, and four rows beyond it', 'omniglot', few_shot_rows(28), EpisodeSchedule(), quoted=_table5, source='Park et al. 2019, Table 5, quoted from memory',
+                          precision='bf16', data_options=(('resize', 'nearest'),))
 _mini = FewShotRecipe('miniimagenet/paper', 'Table 6 of the RKD paper: miniImageNet', 'miniimagenet', few_shot_rows(84), EpisodeSchedule(way=20, query=15), ways=(5,), test_episodes=600, quoted=_table6, source='Park et al. 2019, Table 6, quoted from memory')
 _cifar = replace(_mini, name='cifar_fs/paper', title='the recipe of Table 6 on CIFAR-FS', data='cifar_fs', rows=few_shot_rows(32), quoted=(), source='')
 
+_omniglot_cpu = replace(_omniglot, name='omniglot/cpu', title='Omniglot on two CPU cores: Teacher, RKD-D, RKD-DA, and a student without a teacher', rows=_omniglot.rows[:3], schedule=EpisodeSchedule(1000, way=20, halve_every=200), validate_every=5, precision=None, data_options=(),
+            cut='omniglot/paper with 20-way instead of 60-way training, 1,000 of 10,000 training episodes (halvings squeezed along), 4 of 8 rows')
+
 FEWSHOT_RECIPES = {r.name: r for r in (
-    _omniglot,
-    replace(_omniglot, name='omniglot/cpu', title='Omniglot on two CPU cores: Teacher, RKD-D, RKD-DA, and a student without a teacher', rows=_omniglot.rows[:3], schedule=EpisodeSchedule(1000, way=20, halve_every=200), validate_every=5,
-            cut='omniglot/paper with 20-way instead of 60-way training, 1,000 of 10,000 training episodes (halvings squeezed along), 4 of 8 rows'),
+    _omniglot, _omniglot_cpu,
+    replace(_omniglot_cpu, name='omniglot/cpu-bf16', title='omniglot/cpu trained in bf16: does the precision matter?', precision='bf16', seeds=(0,)),
+    replace(_omniglot_cpu, name='omniglot/cpu-nearest', title="omniglot/cpu trained in bf16 on the papers' pixels: do the pixels matter?", precision='bf16',
+            data_options=(('resize', 'nearest'),), seeds=(0,)),
     _mini, _cifar,
     replace(_cifar, name='cifar_fs/cpu', title='CIFAR-FS on two CPU cores: 5-shot, four rows', rows=_cifar.rows[:3], schedule=EpisodeSchedule(400, way=10, query=5, halve_every=80), shots=(5,), validate_every=4, seeds=tuple(range(9)),
             cut='cifar_fs/paper with 10-way 5-query instead of 20-way 15-query training, 400 of 10,000 training episodes (halvings squeezed along), 5-shot only, 4 of 8 rows'),
@@ -462,10 +469,11 @@ class _Runner:
     records:list
     part_size:int
     every:float
+    precision:str='32-true'
 
     def protocol(self, row, shot, seed):
         r = self.recipe; teacher = {} if row.name == 'Teacher' else {'teacher': digest(self.protocol(Row('Teacher'), shot, seed))}
-        return {'recipe': r.name, 'row': asdict(row), 'shot': shot, 'seed': seed, 'data': self.data.fingerprint, 'network': r.network, 'precision': '32-true', 'schedule': asdict(r.schedule),
+        return {'recipe': r.name, 'row': asdict(row), 'shot': shot, 'seed': seed, 'data': self.data.fingerprint, 'network': r.network, 'precision': self.precision, **({'data_options': dict(r.data_options)} if r.data_options else {}), 'schedule': asdict(r.schedule),
                 'validate_every': r.validate_every, 'tests': [asdict(t) for t in r.trials(shot)], 'cut': r.cut, **teacher}
 
     def path(self, protocol): return Path(self.out) / '.runs' / self.recipe.name / f"{slug(protocol['row']['name'])}-{protocol['shot']}shot-seed{protocol['seed']}-{digest(protocol)}.ckpt"
@@ -515,13 +523,15 @@ def run(
     part_size:int=None,  # bytes of a checkpoint's part at most
     every:float=60.,     # seconds between checkpoints of what is under way
     root=None,           # where the data are looked for
+    precision:str=None,  # '32' or 'bf16'; by default the recipe's, else bf16 on a GPU and 32 on a CPU
 ) -> list: # records of all its runs, those found finished included
     "Run what is missing of a recipe. Raises ValueError before any training if the data do not allow its episodes or `out` cannot be written to, and Stopped at a checkpoint."
     check_writable(out)
-    fabric = make_fabric(device, '32-true'); records = [] if records is None else records
+    precision = chosen_precision(device, precision or recipe.precision)
+    fabric = make_fabric(device, precision); records = [] if records is None else records
     environment(fabric.device)                                            # remembered as it is now: code on disk may change under a long run
-    data = load(recipe.data, root); recipe.check(data)
-    me = _Runner(recipe, out, fabric, data.to(fabric.device), stop, progress, records, part_size, every)
+    data = load(recipe.data, root, **dict(recipe.data_options)); recipe.check(data)
+    me = _Runner(recipe, out, fabric, data.to(fabric.device), stop, progress, records, part_size, every, precision)
     layers = [n for r in recipe.rows for o in [Objective(r)] for n in (*o.student_layers, *o.teacher_layers)]
     Features(me.network(0), layers)                                       # a layer that does not exist is said now, not after hours
     groups = [(shot, seed) for seed in recipe.seeds for shot in recipe.shots]

@@ -18,7 +18,7 @@ from .distill import Row
 from .features import Features
 from .models import create, flops
 from .records import check_writable, slug
-from .recipes import Recipe, _precision, _Runner
+from .recipes import Recipe, _Runner
 from .train import Learner, make_fabric
 
 # %% ../nbs/lab/13_profile.ipynb #86c2a594
@@ -76,7 +76,7 @@ def profile_recipe(
 ) -> dict: # the record
     "Time the parts of a recipe's training step, one seed, with what the arithmetic alone would take. Nothing is trained to an end."
     check_writable(out)
-    fabric = make_fabric(device, _precision('cuda' if device == 'cuda' or device == 'auto' and torch.cuda.is_available() else 'cpu')); dev = fabric.device; data = load(recipe.data, root).to(dev)
+    fabric = make_fabric(device, recipe.precision); dev = fabric.device; data = load(recipe.data, root).to(dev)
     me = _Runner(recipe, out, fabric, data, None, False, [], None, 60.); teacher, seed = me.network(recipe.teacher, 1000), recipe.seeds[0]
     batches = Batches(data, recipe.schedule.batch_size, 0, few_per_class(data.train_labels, recipe.labelled, 0) if recipe.labelled else None, recipe.augment)
     learners = [Learner(me.network(recipe.student, seed), row, recipe.schedule, seed) for row in recipe.rows]

@@ -19,7 +19,7 @@ from .features import Features
 from .fewshot import FEWSHOT_RECIPES
 from .models import create, manifest, rounded, save
 from .records import check_writable, digest, drop_checkpoint, environment, load_checkpoint, load_records, make_record, record_path, save_checkpoint, slug, table, write_atomically, write_record
-from .train import Learner, Saver, Schedule, Stop, evaluate, fit, make_fabric
+from .train import Learner, Saver, PRECISIONS, Schedule, Stop, chosen_precision, evaluate, fit, make_fabric
 
 # %% ../nbs/lab/10_recipes.ipynb #683bfd85
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Recipe:
     quoted:tuple=()             # pairs (row, number) that a paper reports
     source:str=''               # where the quoted numbers are from
     cut:str=''                  # in words, what was cut down
+    precision:str=None          # '32' or 'bf16'; by default bf16 on a GPU and 32 on a CPU
 
     @property
     def runs(self) -> int: return len(self.rows) * len(self.seeds) + (1 if self.together else len(self.seeds))      # teachers included
@@ -111,6 +112,7 @@ _digits = Recipe('digits', 'RKD on handwritten digits, few labelled images', 'di
 
 RECIPES = {r.name: r for r in (
     _digits,
+    replace(_digits, name='digits/bf16', title='RKD on handwritten digits, trained in bf16: does the precision matter?', precision='bf16'),
     replace(_digits, name='digits/losses', title='all fourteen losses on handwritten digits, with the weights of the CRD benchmark', student='resnet8', rows=_crd('relu', ('layer1', 'layer2', 'layer3'), 'layer2', CRD={'negatives': 64})),
     replace(_digits, name='digits/balanced', title='the same losses, each pulling as hard as the cross-entropy at the start', student='resnet8',
             rows=_balanced(_crd('relu', ('layer1', 'layer2', 'layer3'), 'layer2', CRD={'negatives': 64}))),
@@ -148,11 +150,12 @@ class _Runner:
     records:list
     part_size:int
     every:float
+    precision:str='32-true'
 
     def protocol(self, row, seed, stream, **more):
         r = self.recipe
         return {'recipe': r.name, 'row': asdict(row), 'seed': seed, 'stream': stream, 'data': self.data.fingerprint, 'augment': [(f.__name__, o) for f, o in r.augment], 'eval_every': r.eval_every,
-                'precision': _precision(self.fabric.device.type), 'teacher': {'network': r.teacher, 'seed': stream, **asdict(r.teacher_schedule)}, 'cut': r.cut, **more}
+                'precision': self.precision, 'teacher': {'network': r.teacher, 'seed': stream, **asdict(r.teacher_schedule)}, 'cut': r.cut, **more}
 
     def of_teacher(self, stream, **more): return self.protocol(Row('Teacher'), stream, stream, **more)
     def of_student(self, row, seed, stream, **more):
@@ -186,7 +189,7 @@ class _Runner:
             self.records.append(record)
         if self.fabric.is_global_zero: drop_checkpoint(saver.path)
 
-def _precision(device): return 'bf16-mixed' if device == 'cuda' else '32-true'
+
 
 # %% ../nbs/lab/10_recipes.ipynb #665299a7
 def run(
@@ -199,12 +202,14 @@ def run(
     part_size:int=None,  # bytes of a checkpoint's part at most
     every:float=60.,     # seconds between checkpoints of what is under way
     root=None,           # where the data are looked for
+    precision:str=None,  # '32' or 'bf16'; by default the recipe's, else bf16 on a GPU and 32 on a CPU
 ) -> list: # records of all its runs, those found finished included
     "Run what is missing of a recipe. Raises ValueError before any training if `out` cannot be written to, and Stopped at a checkpoint."
     check_writable(out)
-    fabric = make_fabric(device, _precision('cuda' if device == 'cuda' or device == 'auto' and torch.cuda.is_available() else 'cpu')); records = [] if records is None else records
+    precision = chosen_precision(device, precision or recipe.precision)
+    fabric = make_fabric(device, precision); records = [] if records is None else records
     environment(fabric.device)                                            # remembered as it is now: code on disk may change under a long run
-    me = _Runner(recipe, out, fabric, load(recipe.data, root).to(fabric.device), stop, progress, records, part_size, every)
+    me = _Runner(recipe, out, fabric, load(recipe.data, root).to(fabric.device), stop, progress, records, part_size, every, precision)
     objectives = [Objective(r) for r in recipe.rows]                      # a layer that does not exist is said now, not after hours
     Features(me.network(recipe.student, 0), [n for o in objectives for n in o.student_layers]); Features(me.network(recipe.teacher, 0), [n for o in objectives for n in o.teacher_layers])
     groups = [recipe.seeds] if recipe.together else [(s,) for s in recipe.seeds]
@@ -261,7 +266,7 @@ def _finished(me):
     first, distilled = stream(r.seeds[0]), [(row, s) for row in r.rows if row.terms or row.first for s in r.seeds]
     records = load_records(me.out, r.name) if list((Path(me.out) / 'records' / r.name).glob('*.json')) else []
     found = {(f['row'], f['seed']): f for f in records}
-    for precision in map(_precision, ('cpu', 'cuda')):                    # a CPU may publish what a GPU trained
+    for precision in PRECISIONS.values():                    # a CPU may publish what a GPU trained
         wanted = {('Teacher', first): me.of_teacher(first, precision=precision), **{(row.name, s): me.of_student(row, s, stream(s), precision=precision) for row, s in distilled}}
         missing = [k for k, p in wanted.items() if k not in found or found[k]['run'] != digest(p)]
         if not missing: return {k: (p, found[k]) for k, p in wanted.items()}
