@@ -6,46 +6,116 @@
 __all__ = ['Features']
 
 # %% ../nbs/lab/02_features.ipynb #7eded01a
+import inspect
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
-from .data import nearest
+from .ground import nearest
+
+# %% ../nbs/lab/02_features.ipynb #aa6208ba
+def _plain(name):
+    "A module's name without torch.compile's `_orig_mod` and DataParallel's `module` in it."
+    return '.'.join(part for part in name.split('.') if part not in ('_orig_mod', 'module'))
+
+def _input(module, args, kwargs):
+    "What goes into a module: its first argument, by place or by name."
+    if args:
+        return args[0]
+    names = [*inspect.signature(module.forward).parameters, *kwargs]
+    return next((kwargs[n] for n in names if n in kwargs), None)
+
+def _tensor(layer, value):
+    "The tensor that is meant: itself, the logits of an output with fields, the first tensor of a tuple."
+    logits = value.get('logits') if isinstance(value, Mapping) else getattr(value, 'logits', None)
+    first = next((v for v in value if isinstance(v, torch.Tensor)), None) if isinstance(value, tuple) else None
+    for t in (value, logits, first):
+        if isinstance(t, torch.Tensor):
+            return t
+    fields = f" of {', '.join(map(str, value))}" if isinstance(value, Mapping) else ''
+    raise ValueError(f"layer {layer!r} gives a {type(value).__name__}{fields}, not a tensor: read a layer inside it")
+
+# %% ../nbs/lab/02_features.ipynb #d12e0761
+def _seen(t):
+    "A tensor and its version, None while a graph is traced. An inference tensor has none: a copy that has one."
+    if torch.compiler.is_compiling():
+        return t, None
+    if t.is_inference():
+        with torch.inference_mode(False), torch.no_grad():
+            t = t.clone()
+    return t, t._version
+
+def _hook(module, layer, keep):
+    "Call `keep` with what goes into the module, or with what comes out of it."
+    if getattr(module, '_is_replica', False): # the replicas of DataParallel share their dictionaries of hooks
+        for name in [n for n in vars(module) if n.startswith('_forward_') and 'hooks' in n]:
+            setattr(module, name, getattr(module, name).copy())
+    if layer.endswith(':input'):
+        def of_input(module, args, kwargs): keep(layer, _input(module, args, kwargs))
+        return module.register_forward_pre_hook(of_input, with_kwargs=True)
+    return module.register_forward_hook(lambda m, args, output: keep(layer, output))
 
 # %% ../nbs/lab/02_features.ipynb #48fc310c
-def _version(t): return 0 if t.is_inference() else t._version     # inference tensors have no counter
-
 class Features(nn.Module):
     "A network and the layers to read of it: calling it returns `{name: tensor}`. The network itself is not changed."
     def __init__(self,
         model:nn.Module, # any network
-        layers,          # names: 'logits', a dotted module name such as 'layer2.0.conv1', or one with ':input' for what goes into it
+        layers,          # names: 'logits', a module's ('layer2.0.conv1'), or one with ':input' for what goes into it
     ):
         super().__init__()
         self.model, self.layers = model, tuple(dict.fromkeys(layers))
-        modules = dict(model.named_modules()); modules.pop('')
+        modules = dict(model.named_modules())
+        plain = {_plain(n): n for n in reversed(modules)} # the outermost of several
+        plain.pop('', None)
+        modules.pop('')
+        self._names = {}
         for layer in self.layers:
             name = layer.removesuffix(':input')
-            if layer != 'logits' and name not in modules: raise ValueError(nearest(f'layer of {type(model).__name__}', name, ['logits', *modules]))
-        self._modules_read = {layer: modules[layer.removesuffix(':input')] for layer in self.layers if layer != 'logits'}
+            name = name if name in modules else plain.get(_plain(name))
+            if layer == 'logits':
+                continue
+            if name is None:
+                wanted = layer.removesuffix(':input')
+                raise ValueError(nearest(f'layer of {type(model).__name__}', wanted, ['logits', *reversed(plain)]))
+            if isinstance(modules[name], torch.jit.ScriptModule):
+                raise ValueError(f"layer {layer!r} is TorchScript, which does not show its inside: "
+                                 "read 'logits', or load its state_dict() into a network of Python")
+            self._names[layer] = name
 
     def forward(self,
         *args, **kwargs # of the network
-    ) -> dict: # layer name -> tensor. Raises ValueError if a layer ran not once, or if its output was overwritten in place
-        found = {layer: [] for layer in self.layers}; handles = []
-        def keep(layer):
-            def of_input(module, args): found[layer].append((args[0], _version(args[0])))
-            def of_output(module, args, output): found[layer].append((output, _version(output)))
-            return of_input if layer.endswith(':input') else of_output
+    ) -> dict: # layer -> tensor. Raises ValueError for a layer that ran not once, without a graph, or was overwritten
+        found, handles, graph = {layer: [] for layer in self.layers}, [], torch.is_grad_enabled()
+
+        def keep(layer, value, recorded=None):
+            t = _tensor(layer, value)
+            recorded = torch.is_grad_enabled() if recorded is None else recorded
+            if graph and not recorded and any(p.requires_grad for p in self.model.parameters()):
+                raise ValueError(f"layer {layer!r} ran where gradients are off, so a loss on it would teach nothing: "
+                                 "checkpoint with use_reentrant=False, take it out of no_grad(), "
+                                 "or for a teacher call the whole network under no_grad()")
+            found[layer].append(_seen(t))
+
         try:
-            for layer, module in self._modules_read.items():
-                handles.append((module.register_forward_pre_hook if layer.endswith(':input') else module.register_forward_hook)(keep(layer)))
+            for layer, name in self._names.items():
+                handles.append(_hook(self.model.get_submodule(name), layer, keep))
             output = self.model(*args, **kwargs)
         finally:
-            for h in handles: h.remove()
-        if 'logits' in found: found['logits'].append((output, _version(output)))
+            for h in handles:
+                h.remove()
+        if 'logits' in found:
+            output = _tensor('logits', output)
+            keep('logits', output, output.requires_grad or not output.is_floating_point())
         for layer, seen in found.items():
-            if len(seen) != 1: raise ValueError(f"layer {layer!r} ran {len(seen)} times in one forward pass; name a layer that runs once")
-            if _version(seen[0][0]) != seen[0][1]: raise ValueError(f"the output of layer {layer!r} was overwritten in place by a later layer: set inplace=False there, or read the later layer")
+            if len(seen) != 1:
+                never = '' if seen else ', and read a compiled network from its first run on'
+                raise ValueError(f"layer {layer!r} ran {len(seen)} times in one forward pass; "
+                                 f"name a layer that runs once{never}")
+            t, version = seen[0]
+            if version is not None and not torch.compiler.is_compiling() and t._version != version:
+                raise ValueError(f"the output of layer {layer!r} was overwritten in place by a later layer: "
+                                 "set inplace=False there, or read the later layer")
         return {layer: seen[0][0] for layer, seen in found.items()}
 
     def extra_repr(self): return f'layers={list(self.layers)}'

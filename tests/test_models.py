@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from relkd.features import Features
-from relkd.models import EXAMPLES, Conv4, ResNetCifar, _shuffle, create, flops
+from relkd.heads import CosineLinear
+from relkd.models import EXAMPLES, Conv4, ResNetCifar, create, flops
 
 CLASSES = 100
 CIFAR_NAMES = [n for n in EXAMPLES if not n.startswith("conv4_")]
@@ -116,11 +117,10 @@ def test_shufflenetv2_is_torchvisions_behind_our_stem():
         assert torch.allclose(ours(images()), theirs.eval()(images()), atol=1e-6)
 
 
-@pytest.mark.parametrize("groups", [1, 2, 3, 4])
-def test_channel_shuffle_equals_pytorchs(groups):
-    x = images(5, 12)
-    assert torch.equal(_shuffle(x, groups), nn.ChannelShuffle(groups)(x))
-    assert torch.equal(_shuffle(_shuffle(x, groups), 12 // groups), x)
+def test_shufflenetv1_shuffles_its_groups():
+    unit, x = create("shufflenetv1", 10).layer2[1], images(5, 120)
+    assert torch.equal(unit.shuffle(x), x.unflatten(1, (3, -1)).transpose(1, 2).flatten(1, 2))
+    assert torch.equal(nn.ChannelShuffle(40)(unit.shuffle(x)), x)
 
 
 def test_vgg_pools_a_fourth_time_only_from_64_pixels():
@@ -250,6 +250,56 @@ def test_counting_leaves_the_network_alone():
     assert net.training and not any(m._forward_hooks for m in net.modules())
 
 
+# --- embeddings, heads, networks of one's own
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("classes", [None, 0])
+def test_without_classes_the_output_is_the_embedding(name, classes):
+    if classes == 0 and name in ("resnet50", "resnet101", "resnet110"):
+        pytest.skip("as None")
+    net = create(name, classes).eval()
+    with torch.no_grad():
+        read = Features(net, ["fc:input", "logits"])(images(size_of(name)))
+        out = net(images(size_of(name)))
+    assert isinstance(net.fc, nn.Identity) and out.shape == (2, net.num_features)
+    assert read["fc:input"].equal(out) and read["logits"].equal(out)
+    assert not [n for n in net.state_dict() if n.startswith("fc")]
+
+
+@pytest.mark.parametrize("name", ["resnet8", "resnet18", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2", "conv4_28"])
+def test_an_embedding_layer_and_a_cosine_head(name):
+    x = images(size_of(name))
+    for net, kind, width in ((create(name, None, seed=2, embedding=5), nn.Linear, 5), (create(name, 7, seed=2, head="cosine"), CosineLinear, 7)):
+        with torch.no_grad():
+            read = Features(net.eval(), ["fc:input", "logits"])(x)
+        assert type(net.fc) is kind and read["fc:input"].shape == (2, net.num_features) and read["logits"].shape == (2, width)
+        assert read["logits"].equal(net.fc(read["fc:input"]))
+    again = create(name, 7, seed=2, head="cosine")
+    assert all(p.equal(q) for p, q in zip(net.state_dict().values(), again.state_dict().values()))
+    F.cross_entropy(net.train()(x), torch.tensor([3, 6])).backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+class Own(nn.Module):
+    def __init__(self, classes, channels):
+        super().__init__()
+        self.fc = nn.Linear(channels, classes)
+
+
+def test_a_network_of_ones_own_is_built_from_the_seed():
+    seen = []
+
+    def build(classes, channels):
+        seen.append((classes, channels))
+        return nn.Linear(channels, classes)
+
+    before = torch.get_rng_state()
+    a, b, other = create(build, 4, 2, seed=5), create(build, 4, 2, 5), create(build, 4, 2, seed=6)
+    assert before.equal(torch.get_rng_state()) and seen == [(4, 2)] * 3
+    assert a.weight.equal(b.weight) and not a.weight.equal(other.weight)
+    assert create(Own, 4, 2, seed=5).fc.weight.equal(a.weight)
+
+
 # --- seeds and names
 
 @pytest.mark.parametrize("name", ["resnet18", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2", "conv4"])
@@ -274,8 +324,16 @@ def test_initialisation_is_of_the_seed_alone(name):
     (lambda: create("MobileNetV2", 10), "did you mean 'mobilenetv2'"),
     (lambda: create("transformer", 10), "known are resnet8, "),
     (lambda: create("resnet8x0", 10), "resnet8x0 would have no channels"),
-    (lambda: create("resnet20", 0), "resnet20 needs at least 1 class; got classes = 0"),
-    (lambda: create("conv4", -1), "conv4 needs at least 1 class; got classes = -1"),
+    (lambda: create("resnet20", -1), "1 class or more, or None for the embedding; got classes = -1"),
+    (lambda: create("conv4", -1), "1 class or more, or None for the embedding; got classes = -1"),
+    (lambda: create("vgg8", 10, embedding=64), "in place of the classifier .classes=None.; got embedding = 64 and classes = 10"),
+    (lambda: create("vgg8", None, embedding=0), "1 number or more .* got embedding = 0"),
+    (lambda: create("vgg8", None, head="cosine"), "a cosine head .* needs at least 1 class; got classes = None"),
+    (lambda: create("vgg8", 10, head="cosin"), "unknown head 'cosin': did you mean 'cosine'"),
+    (lambda: create(lambda classes, channels: nn.Linear(1, 1), None, embedding=3), "build the last layer in your own function"),
+    (lambda: create(lambda classes, channels: 3, 10), r"\(classes, channels\) must give an nn.Module; got a int"),
+    (lambda: create(nn.Linear(2, 2), 10), "give its class or a function, not a built Linear"),
+    (lambda: create("conv4", None, embedding=5)(images(84)), "classifies images of 32 x 32; got 84 x 84"),
     (lambda: create("conv4_8", 5), "they need at least 16 pixels; got 8"),
     (lambda: create("conv4", 5)(images(84)), "classifies images of 32 x 32; got 84 x 84: create 'conv4_84'"),
     (lambda: ResNetCifar(18, 10), r"6 n \+ 2 layers"),

@@ -1,13 +1,16 @@
-"""Published weights: what is written is what is read, in parts, checked, whole or not at all; and what a recipe publishes."""
+"""Weights in files: what is published is what is read, in parts, checked; a teacher from anybody's file; and what a recipe publishes."""
+import argparse
 import hashlib
 import json
 import os
 import re
 import shutil
 import sys
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load as from_bytes
@@ -15,7 +18,8 @@ from safetensors.torch import save as as_bytes
 
 import relkd
 from relkd.data import load as load_data
-from relkd.models import _groups, create, load, manifest, rounded, save
+from relkd.models import create, load, load_into, manifest, read_weights, rounded, save, weights_hash
+from relkd.models.published import _groups
 from relkd.recipes import publish, recipe, run
 from relkd.train import evaluate
 
@@ -246,6 +250,199 @@ def test_weights_beside_the_package_or_else_in_the_working_directory(tmp_path, m
     assert (other / "weights" / "here.json").exists() and load("here")(images()).equal(rounded(net).eval()(images()))
     save(net, "beside", *SMALL, checkout / "weights")
     assert manifest("beside")["network"] == "resnet8x0.5" and "known are beside" in one_line(lambda: load("zzz"))
+
+
+def test_what_else_lies_in_the_folder_is_no_network(tmp_path):
+    save(network(*SMALL), NAME, *SMALL, tmp_path)
+    text = (tmp_path / f"{NAME}.json").read_bytes()
+    (tmp_path / "digits" / "._resnet8x0.5.json").write_bytes(b"\x00\x05\x16\x07")
+    (tmp_path / "timm").mkdir()
+    (tmp_path / "timm" / "resnet8x0.json").write_text('{"architecture": "resnet18"}')
+    assert "did you mean 'digits/resnet8x0.5'" in one_line(lambda: load("timm/resnet8x0.5", tmp_path))
+    (tmp_path / f"{NAME}.json").write_bytes(b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"))
+    load(NAME, tmp_path)
+    (tmp_path / f"{NAME}.json").unlink()
+    assert "no weights are published in" in one_line(lambda: load(NAME, tmp_path))
+
+
+@pytest.mark.parametrize("classes, options", [(None, {}), (None, {"embedding": 5}), (7, {"head": "cosine"})])
+def test_embeddings_and_heads_are_published_too(tmp_path, classes, options):
+    net = create("resnet8x0.5", classes, 1, seed=3, **options)
+    made = save(net, "a/b", "resnet8x0.5", classes, 1, tmp_path, options=options)
+    assert made.get("options", {}) == options and load("a/b", tmp_path)(images()).equal(rounded(net).eval()(images()))
+    if options:
+        assert "do not fit resnet8x0.5 with" in one_line(lambda: save(net, "a/b", "resnet8x0.5", classes, 1, tmp_path))
+
+
+@pytest.mark.parametrize("wrap", [torch.nn.DataParallel, torch.compile])
+def test_a_wrapped_network_is_published_as_itself(tmp_path, wrap):
+    net = network(*SMALL)
+    save(wrap(net), "a", *SMALL, tmp_path)
+    save(net, "b", *SMALL, tmp_path)
+    assert (tmp_path / "a-0.safetensors").read_bytes() == (tmp_path / "b-0.safetensors").read_bytes()
+
+
+# --- a fingerprint
+
+def test_a_fingerprint_is_of_the_numbers_alone():
+    net = network(*SMALL)
+    mine = weights_hash(net.state_dict())
+    assert re.fullmatch("[0-9a-f]{12}", mine) and mine == weights_hash(dict(reversed(net.state_dict().items())))
+    assert mine == weights_hash(net.to(memory_format=torch.channels_last).state_dict()) == weights_hash(dict(net.state_dict()))
+    assert weights_hash({"a": torch.tensor(3), "b": torch.zeros(0), "c": torch.tensor([True])}) == weights_hash({"b": torch.zeros(0), "c": torch.tensor([True]), "a": torch.tensor(3)})
+    x = torch.arange(6.)
+    others = [{"w": x}, {"v": x}, {"w": x.double()}, {"w": x.bfloat16()}, {"w": x.view(2, 3)}, {"w": x.view(3, 2)}, {"w": torch.nextafter(x, x + 1)}, {}]
+    assert len({weights_hash(o) for o in others}) == len(others)
+
+
+# --- a teacher from anybody's file
+
+def put(path, what, **kw):
+    torch.save(what, path, **kw)
+    return path
+
+
+def prefixed(before, sd):
+    return {before + k: v for k, v in sd.items()}
+
+
+def cast(dtype, sd):
+    return {k: v.to(dtype) if v.is_floating_point() else v for k, v in sd.items()}
+
+
+def as_safetensors(path, sd):
+    path.write_bytes(as_bytes({k: v.contiguous() for k, v in sd.items()}))
+    return path
+
+
+def on_cuda(path, sd):
+    """As a GPU would have saved it: the storages' place is another."""
+    put(path, sd)
+    with zipfile.ZipFile(path) as z:
+        inside = {n: z.read(n) for n in z.namelist()}
+    with zipfile.ZipFile(path, "w") as z:
+        for n, content in inside.items():
+            z.writestr(n, content.replace(b"X\x03\x00\x00\x00cpu", b"X\x06\x00\x00\x00cuda:0") if n.endswith("data.pkl") else content)
+    return path
+
+
+CIRCULATING = {
+    "bare": lambda p, sd: put(p, sd),
+    "state_dict, DataParallel": lambda p, sd: put(p, {"epoch": 3, "state_dict": prefixed("module.", sd), "best_acc": torch.tensor([70.])}),
+    "model, namespace": lambda p, sd: put(p, {"opt": argparse.Namespace(lr=.05, steps=[1, 2]), "model": sd, "accuracy": torch.tensor([79.])}),
+    "net, numpy numbers": lambda p, sd: put(p, {"net": sd, "acc": np.float64(95.1), "lr": np.float32(.1)}),
+    "model_state_dict": lambda p, sd: put(p, {"model_state_dict": sd, "optimizer_state_dict": {"state": {}}}),
+    "state_dict_ema": lambda p, sd: put(p, {"state_dict": {k: v * 0 for k, v in sd.items()}, "state_dict_ema": sd}),
+    "compiled": lambda p, sd: put(p, prefixed("_orig_mod.", sd)),
+    "compiled DDP": lambda p, sd: put(p, {"model": prefixed("_orig_mod.module.", sd)}),
+    "Lightning": lambda p, sd: put(p, {"state_dict": prefixed("net.", sd), "hyper_parameters": {"lr": .1}, "loops": {}}),
+    "AveragedModel": lambda p, sd: put(p, {"n_averaged": torch.tensor(20), **prefixed("module.", sd)}),
+    "float64": lambda p, sd: put(p, cast(torch.float64, sd)),
+    "parameters": lambda p, sd: put(p, {k: torch.nn.Parameter(v) if v.is_floating_point() else v for k, v in sd.items()}),
+    "legacy": lambda p, sd: put(p, {"model": sd}, _use_new_zipfile_serialization=False),
+    "safetensors": as_safetensors,
+    "from a GPU": on_cuda,
+}
+
+
+@pytest.mark.parametrize("kind", CIRCULATING)
+def test_a_teacher_in_the_forms_that_circulate(tmp_path, kind):
+    net = network(*SMALL)
+    path = CIRCULATING[kind](tmp_path / "teacher.pth", net.state_dict())
+    assert weights_hash(cast(torch.float32, read_weights(str(path)))) == weights_hash(net.state_dict())
+    other = create(*SMALL, seed=9).train()
+    other.layer1.eval()
+    modes = [m.training for m in other.modules()]
+    assert load_into(other, path) is other and modes == [m.training for m in other.modules()]
+    assert weights_hash(other.state_dict()) == weights_hash(net.state_dict())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_read_as_float32(tmp_path, dtype):
+    half = cast(dtype, network(*SMALL).state_dict())
+    read = read_weights(put(tmp_path / "x", half))
+    assert {t.dtype for t in read.values()} == {torch.float32, torch.int64} and all(read[k].equal(v.to(read[k].dtype)) for k, v in half.items())
+
+
+def test_a_network_that_is_wrapped_itself_and_one_whose_own_names_begin_like_a_wrapper(tmp_path):
+    net = network(*SMALL)
+    path = put(tmp_path / "x", net.state_dict())
+    for wrap in (torch.nn.DataParallel, torch.compile):
+        other = create(*SMALL, seed=9)
+        load_into(wrap(other), path)
+        assert weights_hash(other.state_dict()) == weights_hash(net.state_dict())
+    inside = torch.nn.Module()
+    inside.model = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    load_into(inside, put(tmp_path / "y", prefixed("module.", {k: v + 1 for k, v in inside.state_dict().items()})))
+    assert inside.model[0].bias.abs().max() > .3
+
+
+def test_renamed_layers_one_of_several_networks_and_old_batch_norms(tmp_path):
+    net = network(*SMALL)
+    sd = {k.replace("shortcut", "downsample").replace("fc.", "linear."): v for k, v in net.state_dict().items() if "num_batches" not in k}
+    path = put(tmp_path / "x", {"model": prefixed("module.student.", sd) | prefixed("module.teacher.", {k: v + 1 for k, v in sd.items()})})
+    back = load_into(create(*SMALL, seed=9), path, "student.", [(r"\bdownsample\.", "shortcut."), (r"^linear\.", "fc.")])
+    assert back.eval()(images()).equal(net.eval()(images())) and back.bn1.num_batches_tracked == 0
+    path = put(tmp_path / "y", {k.replace("shortcut", "downsample"): v for k, v in net.state_dict().items()})
+    assert load_into(create(*SMALL), path, renames="torchvision resnet").eval()(images()).equal(net.eval()(images()))
+    assert "unknown renames 'torchvision resnets': did you mean 'torchvision resnet'?" in one_line(lambda: load_into(net, path, renames="torchvision resnets"))
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def cut(path, what):
+    put(path, what)
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def scripted(path, what):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+
+
+def zipped(path, what):
+    with zipfile.ZipFile(path, "w") as z:
+        z.writestr("inner.pth", b"x" * 100)
+
+
+def without(what, name):
+    return {k: v for k, v in what.items() if k != name}
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p, sd: None, "cannot read .*t.pth .No such file or directory.: name a file of torch.save or safetensors"),
+    (lambda p, sd: p.write_bytes(b""), "t.pth is empty: copy it again"),
+    (lambda p, sd: p.write_text("version https://git-lfs.github.com/spec/v1\noid"), "t.pth is a git-lfs pointer: run `git lfs pull`"),
+    (lambda p, sd: p.write_text("\n<!DOCTYPE html><html>"), "t.pth is a web page"),
+    (lambda p, sd: p.write_text("hello, this is no such file at all"), "t.pth is not read: it is no whole file of torch.save or safetensors"),
+    (cut, "t.pth is not read: it is no whole file"),
+    (lambda p, sd: p.write_bytes(as_safetensors(p, sd).read_bytes()[:-9]), "t.pth is not read: it is no whole file"),
+    (zipped, "t.pth is not read: it is no whole file .*: unpack it"),
+    (scripted, "t.pth is not read: it is TorchScript, code beside the weights: save"),
+    (lambda p, sd: put(p, create(*SMALL)), "t.pth is not read: it holds relkd.models.networks.ResNetCifar beside tensors, and making that could run code"),
+    (lambda p, sd: put(p, {"model": sd, "x": Evil(p.with_name("executed"))}), "t.pth is not read: it holds .* beside tensors"),
+    (lambda p, sd: put(p, list(sd.items())), "t.pth holds no tensors by name: save net.state_dict"),
+    (lambda p, sd: put(p, {"epoch": 3, "args": {}}), "t.pth holds no tensors by name"),
+    (lambda p, sd: put(p, {"model": sd, "net": sd}), "t.pth holds weights as 'model' and as 'net': save the ones that are meant alone"),
+    (lambda p, sd: put(p, sd | {"fc.bias": torch.full((10,), float("nan"))}), "t.pth is of a network that diverged: fc.bias holds nan"),
+    (lambda p, sd: put(p, without(sd, "bn1.bias")), "t.pth does not fit this ResNetCifar .bn1.bias is missing; the file begins with 'conv1.weight'"),
+    (lambda p, sd: put(p, sd | {"more": torch.zeros(1)}), "t.pth does not fit this ResNetCifar .more has no place"),
+    (lambda p, sd: put(p, sd | {"fc.bias": torch.zeros(1000)}), r"t.pth does not fit this ResNetCifar .fc.bias is \(1000,\), not \(10,\)"),
+    (lambda p, sd: put(p, sd | {"bn1.num_batches_tracked": torch.tensor(1.5)}), "bn1.num_batches_tracked is torch.float32, not torch.int64"),
+    (lambda p, sd: put(p, prefixed("student.", sd) | prefixed("teacher.", sd)), "conv1.weight is missing; the file begins with 'student.conv1.weight'"),
+])
+def test_a_file_that_is_no_teacher_changes_nothing(tmp_path, make, message):
+    path, net = tmp_path / "t.pth", create(*SMALL)
+    make(path, network(*SMALL).state_dict())
+    before = weights_hash(net.state_dict())
+    said = one_line(lambda: load_into(net, path))
+    assert re.search(message, said) and str(path) in said and len(said) < 400
+    assert weights_hash(net.state_dict()) == before and not (tmp_path / "executed").exists()
 
 
 # --- what a recipe publishes
