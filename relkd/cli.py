@@ -161,6 +161,9 @@ def data_list(context:typer.Context, data:Optional[str]=DATA):
     from relkd.data import data_root, inventory
     print(f'in {data_root(data)}:')
     for d in inventory(data):
+        if 'error' in d:
+            print(f"{d['name']:14} {d['error']}")
+            continue
         counts = ', '.join(f'{n:,} {k}' for k, n in d['counts'].items())
         print(f"{d['name']:14} {counts} images of {' x '.join(map(str, d['shape']))}, {d['classes']:,} classes, {d['fingerprint'][:12]}")
 

@@ -15,7 +15,7 @@ from torch import nn
 import torch.nn.functional as F
 
 import relkd.losses as losses
-from .data import nearest
+from .ground import nearest
 from .features import Features
 
 # %% ../nbs/lab/03_distill.ipynb #8bb728ea

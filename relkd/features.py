@@ -9,7 +9,7 @@ __all__ = ['Features']
 import torch
 from torch import nn
 
-from .data import nearest
+from .ground import nearest
 
 # %% ../nbs/lab/02_features.ipynb #48fc310c
 def _version(t): return 0 if t.is_inference() else t._version     # inference tensors have no counter

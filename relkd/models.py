@@ -19,7 +19,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from .data import nearest
+from .ground import nearest
 from .records import write_atomically
 
 # %% ../nbs/lab/01_models.ipynb #d597f105

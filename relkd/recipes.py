@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
-from .data import Batches, few_per_class, flip, load, nearest, pad_crop
+from .data import Batches, few_per_class, flip, load, pad_crop
 from .distill import HKD, PAPER_ROWS, RKD_A, RKD_D, Objective, Row, Term
 from .features import Features
 from .fewshot import FEWSHOT_RECIPES
+from .ground import nearest
 from .models import create, manifest, rounded, save
 from .records import check_writable, digest, drop_checkpoint, environment, load_checkpoint, load_records, make_record, record_path, save_checkpoint, slug, table, write_atomically, write_record
 from .train import Learner, Saver, PRECISIONS, Schedule, Stop, chosen_precision, evaluate, fit, make_fabric

@@ -236,7 +236,7 @@ def asked_by_any(
 # %% ../nbs/lab/04_train.ipynb #15943e72
 def fit(
     learners:list,          # of Learner
-    batches,                # Batches; its data also give the test images
+    batches,                # a Stream; its data also give the test images
     epochs:int,
     teacher:nn.Module=None, # in common; needed if a row has terms
     fabric=None,            # lightning.fabric.Fabric; by default the device of the learners in float32
@@ -258,9 +258,7 @@ def fit(
         with torch.no_grad(), fabric.autocast(): return read(x)
 
     example = next(batches.epoch(0))[1][:2]; of_teacher = look(example)   # for the shapes
-    for l in learners: l.build(example, of_teacher, batches.data.train_labels[batches.index]); l.divide(fabric.global_rank, fabric.world_size); l.model.train()
-    place = torch.zeros(int(batches.index.max()) + 1, dtype=torch.long, device=batches.index.device)
-    place[batches.index] = torch.arange(len(batches.index), device=place.device)    # of each sample among those that are used
+    for l in learners: l.build(example, of_teacher, batches.labels); l.divide(fabric.global_rank, fabric.world_size); l.model.train()
     first = max(l.row.first_epochs for l in learners)                     # epochs -first .. -1 are first stages
     epoch, done, seconds, start = -first, 0, 0., time.perf_counter()
     if saver and (state := saver.load()):
@@ -279,7 +277,7 @@ def fit(
             mine = share(fabric, x); of_teacher = gathered(fabric, look(mine))
             for l in learners:
                 if (epoch < 0) == l.first_stage and (epoch >= 0 or epoch + first < l.row.first_epochs):
-                    l.step(fabric, epoch + b / len(batches), number * len(batches) + b, mine, of_teacher, y, place[index])
+                    l.step(fabric, epoch + b / len(batches), number * len(batches) + b, mine, of_teacher, y, index)
             done = b + 1
             stopping = asked_by_any(fabric, stop is not None and stop.due(2 * (saver.took if saver else 0) + longest), b + 1 == len(batches))
             if stopping or saver and saver.due(): save()
