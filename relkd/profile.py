@@ -86,23 +86,22 @@ def profile_recipe(
     def stream():
         while True: yield from batches.epoch(0)
     drawn = stream(); index, x, y = next(drawn)
-    for l in learners: l.build(x[:2], look(x[:2]), data.train_labels[batches.index]); l.end_first_stage() if l.first_stage else None; l.model.train()
-    place = torch.zeros(int(batches.index.max()) + 1, dtype=torch.long, device=dev); place[batches.index] = torch.arange(len(batches.index), device=dev)
+    for l in learners: l.build(x[:2], look(x[:2]), batches.labels); l.end_first_stage() if l.first_stage else None; l.model.train()
 
     def whole():
         i, x, y = next(drawn); t = look(x)
-        for l in learners: l.step(fabric, 0., 0, x, t, y, place[i])
+        for l in learners: l.step(fabric, 0., 0, x, t, y, i)
     def alone(l):
         with torch.no_grad(), fabric.autocast(): found = l.read(x)
         t = look(x); found = {k: v.detach().requires_grad_(v.is_floating_point()) for k, v in found.items()}
-        return lambda: l.objective(found, dict(t), y, place[index]).backward()
+        return lambda: l.objective(found, dict(t), y, index).backward()
     for _ in range(3): whole()
     _wait(dev); start = time.perf_counter()
     for _ in range(steps): whole()
     _wait(dev); step = 1e3 * (time.perf_counter() - start) / steps
     rows = [{'part': 'batch', 'ms': _ms(lambda: next(drawn), dev, steps)}, {'part': 'teacher looks', 'ms': _ms(lambda: look(x), dev, steps)}]
     of_batch = look(x)
-    for l in learners: rows.append({'part': l.row.name, 'ms': _ms(lambda: l.step(fabric, 0., 0, x, dict(of_batch), y, place[index]), dev, steps), 'objective_ms': _ms(alone(l), dev, steps)})
+    for l in learners: rows.append({'part': l.row.name, 'ms': _ms(lambda: l.step(fabric, 0., 0, x, dict(of_batch), y, index), dev, steps), 'objective_ms': _ms(alone(l), dev, steps)})
     calls, size = count_calls(whole, dev), tuple(x.shape[1:])
     trainee = Learner(me.network(recipe.teacher, 1000), Row('Teacher'), recipe.teacher_schedule); trainee.build(x[:2], {}); trainee.model.train()
     whole_set = Batches(data, recipe.teacher_schedule.batch_size, 0, None, recipe.augment); for_teacher = (b for _ in iter(int, 1) for b in whole_set.epoch(0))

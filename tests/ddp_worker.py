@@ -4,9 +4,9 @@ import sys
 import torch
 from torch import nn
 
-from relkd.data import Batches, FewShot, load
+from relkd.data import Batches, Episodes, load
 from relkd.distill import PAPER_ROWS, Row, Term
-from relkd.fewshot import EpisodeLearner, Episodes, EpisodeSchedule, Trial
+from relkd.fewshot import EpisodeLearner, EpisodeSchedule, Trial
 from relkd.models import create
 from relkd.train import Learner, Schedule, fit, make_fabric
 
@@ -31,7 +31,7 @@ def train(epochs=2):
 def train_episodes(fabric=None):
     "Digits as classes of a few-shot set; the embedding is the output of a network without BN, and without biases: Adam makes steps out of the rounding of gradients that are 0 (translation)."
     d, plan = load("digits"), EpisodeSchedule(8, way=4, query=2, lr=1e-2, halve_every=4, epoch=4)
-    data = FewShot("digits", d.train_images, d.train_labels, {"train": tuple(range(6)), "val": (6, 7), "test": (8, 9)}, d.classes)
+    data = d.with_splits({"train": "012345", "val": "67", "test": "89"})
 
     def embedding(seed):
         with torch.random.fork_rng():

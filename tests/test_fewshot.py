@@ -17,9 +17,9 @@ from PIL import Image
 
 from helpers import After, gen
 import relkd.fewshot as fs
-from relkd.data import FewShot, load
+from relkd.data import Dataset, Episodes, by_class, draw_episodes, load
 from relkd.distill import Row, Term
-from relkd.fewshot import FEWSHOT_RECIPES, EpisodeLearner, EpisodeObjective, Episodes, EpisodeSchedule, Trial
+from relkd.fewshot import FEWSHOT_RECIPES, EpisodeLearner, EpisodeObjective, EpisodeSchedule, Trial
 from relkd.losses import KD, RKDDistance
 from relkd.models import create
 from relkd.records import load_records
@@ -29,35 +29,6 @@ REAL = Path(__file__).resolve().parents[1] / ".data"
 
 
 # --- episodes
-
-@given(st.lists(st.integers(0, 6), min_size=1, max_size=30))
-def test_the_table_of_classes_equals_a_loop(labels):
-    labels = torch.tensor(labels)
-    t = fs.by_class(labels)
-    assert t.classes.tolist() == sorted(set(labels.tolist()))
-    for row, n, c in zip(t.index, t.counts.tolist(), t.classes):
-        assert row[:n].tolist() == (labels == c).nonzero()[:, 0].tolist() and row[n:].eq(0).all()
-
-
-@given(st.lists(st.integers(4, 9), min_size=3, max_size=8), st.integers(2, 3), st.integers(1, 2), st.integers(1, 2), st.integers(0, 99))
-def test_episodes_of_classes_that_differ_in_size(counts, way, shot, query, seed):
-    labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts), generator=gen(seed))] * 3 + 1
-    e = fs.draw_episodes(fs.by_class(labels), way, shot, query, 20, gen(seed))
-    of = labels[e]
-    assert e.shape == (20, way, shot + query) and of.eq(of[..., :1]).all()
-    assert all(len(set(x)) == way for x in of[..., 0].tolist()) and all(len(set(x)) == x.__len__() for x in e.flatten(1).tolist())
-    assert torch.equal(e, fs.draw_episodes(fs.by_class(labels), way, shot, query, 20, gen(seed)))
-
-
-def test_every_class_and_every_image_of_a_class_is_equally_likely_in_every_place():
-    labels = torch.tensor([0] * 3 + [1] * 6 + [2] * 4 + [3] * 5)
-    e = fs.draw_episodes(fs.by_class(labels), 2, 1, 2, 30_000, gen())
-    first = labels[e[:, 0, 0]].bincount() / 30_000
-    assert (first - .25).abs().max() < .011                                          # 4 deviations
-    for place in range(3):
-        inside = e[:, 0, place][labels[e[:, 0, place]] == 1].bincount(minlength=18)[3:9]
-        assert (inside / inside.sum() - 1 / 6).abs().max() < .018
-
 
 # --- prototypes
 
@@ -128,17 +99,6 @@ def data(root):
     return load("omniglot", root)
 
 
-def test_the_stream_depends_on_seed_and_epoch_alone(data):
-    a, b = (Episodes(data, "train", 4, 2, 3, seed=5, length=6) for _ in range(2))
-    assert len(a) == 6 and a.batch_size == 20
-    for (i, x, y), (j, u, _) in zip(a.epoch(3), b.epoch(3), strict=True):
-        assert torch.equal(i, j) and torch.equal(x, u) and x.shape == (20, 1, 28, 28)
-        of = a.train_labels[i].view(4, 5)
-        assert of.eq(of[:, :1]).all() and len(of[:, 0].unique()) == 4 and y.tolist() == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 3
-        assert set(of.flatten().tolist()) <= set(data.splits["train"])
-    assert not torch.equal(next(a.epoch(0))[0], next(a.epoch(1))[0])
-
-
 def test_embedding_once_equals_every_episode_by_itself(data):
     net, trial = create("conv4", 0, 1, seed=3), Trial(3, 2, 4, episodes=25, seed=9)
     net(torch.randn(64, 1, 28, 28))                                                  # running statistics of its own
@@ -147,7 +107,7 @@ def test_embedding_once_equals_every_episode_by_itself(data):
     images, labels = data.split("test")
     net.eval()
     with torch.no_grad():
-        alone = [fs.episode_hits(net(data.normalise(images[e.flatten()])).unflatten(0, (3, 6)), 2).item() for e in fs.draw_episodes(fs.by_class(labels), 3, 2, 4, 25, gen(9))]
+        alone = [fs.episode_hits(net(data.normalise(images[e.flatten()])).unflatten(0, (3, 6)), 2).item() for e in draw_episodes(by_class(labels), 3, 2, 4, 25, gen(9))]
         assert torch.allclose(fs.embed(net, data, images, 7), fs.embed(net, data, images), atol=1e-5)
     assert once.tolist() == alone
 
@@ -425,7 +385,7 @@ def test_the_plane_is_a_projection_and_is_only_turned():
 
 def small_set(splits, labels=(0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 3), classes=("a", "b", "c", "d")):
     labels = torch.tensor(labels)
-    return FewShot("own", torch.zeros(len(labels), 1, 28, 28, dtype=torch.uint8), labels, splits, classes)
+    return Dataset("own", torch.zeros(len(labels), 1, 28, 28, dtype=torch.uint8), labels, splits, classes)
 
 
 GOOD = {"train": (0, 1), "val": (2,), "test": (3,)}
@@ -441,9 +401,9 @@ GOOD = {"train": (0, 1), "val": (2,), "test": (3,)}
     (lambda d: Episodes(small_set({**GOOD, "test": ("d",)}), "train", 2, 1, 1, 0), "split 'test' of own names an unknown class 'd'"),
     (lambda d: Episodes(small_set({**GOOD, "test": (4,)}, classes=tuple("abcde")), "train", 2, 1, 1, 0), "class 'e' in split 'test' of own has no image"),
     (lambda d: small_set({**GOOD, "test": (3, 1)}), "the splits of own share class 'b'"),
-    (lambda d: fs.split_by_names(d, {"train": ["a", "b"], "val": ["c"], "test": ["dd"]}), "unknown class of own 'dd': did you mean 'd'"),
-    (lambda d: fs.split_by_names(d, {"train": ["a", "b"], "val": ["c"], "test": ["d", "a"]}), "the splits of own share class 'a'"),
-    (lambda d: fs.split_by_names(d, {"train": ["a", "b"], "val": ["c"]}), "own has no class in split 'test'"),
+    (lambda d: d.with_splits({"train": ["a", "b"], "val": ["c"], "test": ["dd"]}), "unknown class of own 'dd': did you mean 'd'"),
+    (lambda d: d.with_splits({"train": ["a", "b"], "val": ["c"], "test": ["d", "a"]}), "the splits of own share class 'a'"),
+    (lambda d: d.with_splits({"train": ["a", "b"], "val": ["c"]}), "own has no class in split 'test'"),
     (lambda d: fs.run_trials(create("conv4", 0, 1), d, "test", [Trial(2, 1, 1, 5)]), "2-way episodes need 2 classes; the test classes of own have 1"),
     (lambda d: fs.episode_logits(torch.zeros(3, 4), 1), r"an episode is \(..., way, shot \+ query, D\)"),
     (lambda d: fs.episode_logits(torch.zeros(3, 2, 4), 2), "at least 1 shot and 1 query; got .3, 2, 4. and shot = 2"),

@@ -334,7 +334,7 @@ def test_a_batch_too_small_for_a_relation_is_one_clear_line():
 
 @pytest.mark.parametrize("name", ["cifar100/paper", "cifar100/crd-vgg"])
 def test_every_row_of_a_cifar_recipe_takes_a_step(name):
-    from relkd.data import Dataset
+    from relkd.data import joined
     from relkd.recipes import recipe
 
     g = torch.Generator().manual_seed(0)
@@ -346,7 +346,7 @@ def test_every_row_of_a_cifar_recipe_takes_a_step(name):
 
     rows = [replace(row, first_epochs=min(1, row.first_epochs), terms=tuple(replace(t, teacher=swap(t.teacher) if isinstance(t.teacher, str) else tuple(map(swap, t.teacher))) for t in row.terms)) for row in r.rows]
     learners = [Learner(create(student, 10), row, replace(r.schedule, epochs=1, batch_size=12)) for row in rows]
-    fit(learners, Batches(Dataset("x", x, y, x[:8], y[:8], tuple(range(10))), 12, 0), 1, create(teacher, 10))
+    fit(learners, Batches(joined("x", {"train": (x, y), "test": (x[:8], y[:8])}, range(10)), 12, 0), 1, create(teacher, 10))
     assert all(l.epochs[0]["loss"] is not None for l in learners)
 
 
