@@ -7,16 +7,14 @@ __all__ = ['RKD_D', 'RKD_A', 'HKD', 'PAPER_ROWS', 'Term', 'Row', 'Objective', 's
 
 # %% ../nbs/lab/03_distill.ipynb #1ebf219e
 import copy
-import inspect
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 import torch.nn.functional as F
 
-import relkd.losses as losses
-from .data import nearest
 from .features import Features
+from .losses import as_loss
 
 # %% ../nbs/lab/03_distill.ipynb #8bb728ea
 @dataclass(frozen=True)
@@ -34,12 +32,7 @@ class Term:
         labels=None, # (n,) of all training samples: for a loss that remembers each of them
     ) -> nn.Module: # with its own trainable parts, if it has any
         "The loss. Raises ValueError for an unknown name, naming the nearest."
-        if self.loss not in losses.__all__: raise ValueError(nearest('loss', self.loss, losses.__all__))
-        cls = getattr(losses, self.loss)
-        if not hasattr(cls, 'from_features') or student is None: return cls(**self.options)
-        options = {k: labels if k == 'classes' and v is True else v for k, v in self.options.items()}
-        if 'samples' in inspect.signature(cls.from_features).parameters and labels is not None: options['samples'] = len(labels)
-        return cls.from_features(student, teacher, **options)
+        return as_loss(self.loss, self.options, student, teacher, labels)
 
     def __str__(self):
         inside = ', '.join(f'{k}={v}' for k, v in self.options.items())
@@ -101,10 +94,10 @@ class Objective(nn.Module):
 
     @staticmethod
     def _of_teacher(loss, teacher, layer):
-        "What `loss` reads of the teacher; a loss with `of_teacher` shares that among all students of the batch."
-        if not hasattr(loss, 'of_teacher') or not isinstance(layer, str): return _pick(teacher, layer)
-        if (layer, loss.of_teacher) not in teacher: teacher[layer, loss.of_teacher] = loss.of_teacher(teacher[layer])
-        return teacher[layer, loss.of_teacher]
+        "What `loss` reads of the teacher; losses of one `part_name` share that among all students of the batch."
+        if loss.part_name is None: return _pick(teacher, layer)
+        if (layer, loss.part_name) not in teacher: teacher[layer, loss.part_name] = loss.teacher_part(_pick(teacher, layer))
+        return teacher[layer, loss.part_name]
 
     def forward(self,
         student:dict,              # layer -> tensor, of the student
@@ -117,9 +110,8 @@ class Objective(nn.Module):
         n = len(self.row.terms)
         for key, term in zip(self._keys[n:], self.row.first) if first else zip(self._keys, self.row.terms):
             loss = self.losses[key]
-            f = loss.prepare if first and hasattr(loss, 'prepare') else loss
-            more = {'index': index} if 'index' in inspect.signature(loss.forward).parameters else {}
-            total = total + term.weight * f(_pick(student, term.student), self._of_teacher(loss, teacher, term.teacher), **more)
+            f = loss.prepare if first else loss
+            total = total + term.weight * f(_pick(student, term.student), self._of_teacher(loss, teacher, term.teacher), index)
         return total
 
 # %% ../nbs/lab/03_distill.ipynb #ce68a30e

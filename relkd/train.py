@@ -112,8 +112,7 @@ class Learner:
 
     def divide(self, rank, processes):
         "Of the losses that every process would compute whole, each takes its share."
-        for m in self.objective.modules():
-            if hasattr(m, 'anchors'): m.anchors = rank, processes
+        for loss in self.objective.losses.values(): loss.split(rank, processes)
 
     def _new_optimiser(self):
         s, parameters = self.schedule, [p for p in (*self.model.parameters(), *self.objective.parameters()) if p.requires_grad]
