@@ -5,9 +5,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from helpers import skip_where_triton_cannot_interpret
 from nbdev.doclinks import nbglob
 
 ROOT = Path(__file__).resolve().parents[1]
+NBDEV_TEST = str(Path(sys.executable).with_name("nbdev_test"))
 NOTEBOOKS = sorted(Path(p).relative_to(ROOT).as_posix() for p in nbglob(ROOT / "nbs"))
 
 
@@ -16,11 +18,37 @@ def test_all_notebooks_are_found():
     assert on_disk == set(NOTEBOOKS)
 
 
+def execute(*command):
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
 def test_notebook_executes(notebook, flags):
-    command = [str(Path(sys.executable).with_name("nbdev_test")), "--path", notebook, *(["--flags", flags] if flags else [])]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = execute(NBDEV_TEST, "--path", notebook, *(["--flags", flags] if flags else []))
+    skip_where_triton_cannot_interpret(done.stderr)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_triton_may_have_been_imported_before():
+    """One process of `nbdev_test` runs several notebooks, and torch.compile in one of them imports Triton without its interpreter."""
+    pytest.importorskip("triton")
+    code = """
+import sys, triton
+from pathlib import Path
+from nbdev.test import test_nb
+sys.exit(not test_nb(Path('nbs/losses/22_angle_triton.ipynb').absolute(), skip_flags=['slow', 'cuda'])[0])
+"""
+    done = execute(sys.executable, "-c", code)
+    skip_where_triton_cannot_interpret(done.stderr)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--n_workers", "1"]], ids=["as typed", "one worker"])
+def test_all_notebooks_execute_one_after_another(options, flags):
+    if "slow" not in flags:
+        pytest.skip("every notebook once more takes minutes: --flags slow")
+    done = execute(NBDEV_TEST, *options)
+    assert done.returncode == 0 and "Success." in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
