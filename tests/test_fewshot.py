@@ -425,7 +425,7 @@ def test_errors_are_one_line(call, message):
     ({"shots": (7,)}, "7 shots and 2 queries need 9 images of every class; class 'Latin/character00/rot000' of the train classes of omniglot has 8"),
     ({"ways": (2, 9)}, "9-way episodes need 9 classes; the test classes of omniglot have 8"),
     ({"test_query": 8}, "1 shot and 8 queries need 9 images of every class; class 'Hebrew/character00/rot000' of the val classes of omniglot has 8"),
-    ({"network": "resnet8"}, "resnet8 needs at least 1 class"),
+    ({"network": "resnet9"}, "unknown network .resnet9.: did you mean .resnet8."),
     ({"rows": (Row("typo", (Term("SP", 1., "layer5", "layer4"),)),)}, "unknown layer of Conv4 'layer5'"),
 ])
 def test_nothing_is_trained_if_the_recipe_does_not_fit_the_data(root, tmp_path, change, message, monkeypatch):
