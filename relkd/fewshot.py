@@ -308,7 +308,8 @@ class FewShotRecipe:
         data:Dataset,
     ):
         "Raise ValueError now, not after the training, if an episode of this recipe cannot be drawn from the data."
-        check_splits(data)
+        if not data.by_class:
+            raise ValueError(f"{self.name} needs data that are split by class; {data.name} is split by samples: choose classes with Dataset.with_splits")
         for split, ways, query in (('train', (self.schedule.way,), self.schedule.query), ('val', self.ways[:1], self.test_query), ('test', self.ways, self.test_query)):
             table = by_class(data.split(split)[1])
             for shot in self.shots:
@@ -352,7 +353,7 @@ FEWSHOT_RECIPES = {r.name: r for r in (
 @dataclass
 class _Runner:
     "What all runs of one call share."
-    recipe:DatasetRecipe
+    recipe:FewShotRecipe
     out:object
     fabric:object
     data:Dataset
@@ -406,7 +407,7 @@ def _summary(trial, right):
 
 # %% ../nbs/lab/07_fewshot.ipynb #8947561b
 def run(
-    recipe:DatasetRecipe,
+    recipe:FewShotRecipe,
     out='figures',       # records go to out/records/NAME, checkpoints to out/.runs/NAME
     device:str='auto',   # 'auto', 'cpu' or 'cuda'
     progress:bool=False, # show progress bars
@@ -438,7 +439,7 @@ def run(
     return records
 
 def trained(
-    recipe:DatasetRecipe,
+    recipe:FewShotRecipe,
     row:str, shot:int, seed:int,
     out='figures', # where it was run
 ) -> nn.Module: # on the CPU, in evaluation mode. Raises ValueError if its record or its checkpoint is not there
@@ -479,7 +480,7 @@ def compare(
 # %% ../nbs/lab/07_fewshot.ipynb #a978de7b
 def table(
     records:list,
-    recipe:DatasetRecipe,
+    recipe:FewShotRecipe,
     baseline:str='Teacher', # the row that differences are taken to
 ): # a pandas table, one line a test and row
     "Mean over seeds; the 95 % interval over episodes of a single run and the deviation over seeds, apart; the paired difference with both its intervals; the paper's number."
@@ -541,7 +542,7 @@ def table_figure(
 
 # %% ../nbs/lab/07_fewshot.ipynb #9c986c94
 def summary(
-    recipe:DatasetRecipe,
+    recipe:FewShotRecipe,
     out='figures', # where its records are
 ): # the pandas table, and a matplotlib figure
     "A recipe's table and figure from its records alone. Raises ValueError if there are none, or if they come from different protocols."
@@ -553,7 +554,7 @@ def summary(
     return frame, table_figure(records, frame, title=recipe.title + (f'\ncut down: {recipe.cut}' if recipe.cut else ''))
 
 def draw(
-    recipe:DatasetRecipe,
+    recipe:FewShotRecipe,
     out='figures', # where its records are
 ): # the pandas table; NAME.csv and NAME.png are written into `out`
     "Draw a recipe's table and figure from its records and write them. Raises ValueError as `summary` does."
