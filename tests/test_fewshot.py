@@ -441,3 +441,8 @@ def test_records_of_two_protocols_are_not_mixed(done, tmp_path):
         write_record(tmp_path, {**r, "protocol": {**r["protocol"], "network": "conv5"}} if (r["row"], r["seed"]) == ("RKD-D/1-shot", 1) else r)
     with pytest.raises(ValueError, match="records of row 'RKD-D/1-shot' come from different protocols"):
         fs.summary(TOY, tmp_path)
+
+
+def test_a_classification_set_is_not_a_few_shot_set(tmp_path):
+    with pytest.raises(ValueError, match="toy needs data that are split by class; digits is split by samples: choose classes with Dataset.with_splits"):
+        fs.run(replace(TOY, data="digits"), tmp_path, "cpu")
