@@ -1,4 +1,6 @@
-"""Every notebook executes under nbdev's own runner, one item a notebook; the flags `slow` and `cuda` are honoured."""
+"""Every notebook executes once, by nbdev's own function, in a process forked from one that has imported the libraries already."""
+import multiprocessing
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -22,11 +24,36 @@ def execute(*command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+def run_notebook(notebook, skipped, printed):
+    "In a process of its own: what nbdev_test does for one notebook."
+    with open(printed, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    from nbdev.test import test_nb
+
+    passed, _ = test_nb(ROOT / notebook, skip_flags=skipped, basepath=ROOT)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(not passed)
+
+
+@pytest.fixture(scope="session")
+def forks():
+    "Processes that start where torch and the others are imported already: half of a short notebook's time is imports."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torchvision", "pandas", "matplotlib.pyplot", "seaborn", "nbdev.test"])
+    return context
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_notebook_executes(notebook, flags):
-    done = execute(NBDEV_TEST, "--path", notebook, *(["--flags", flags] if flags else []))
-    skip_where_triton_cannot_interpret(done.stderr)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_notebook_executes(notebook, flags, forks, tmp_path):
+    skipped = sorted({"slow", "cuda"} - set(flags.split()))
+    child = forks.Process(target=run_notebook, args=(notebook, skipped, tmp_path / "printed"))
+    child.start()
+    child.join()
+    printed = (tmp_path / "printed").read_text()
+    skip_where_triton_cannot_interpret(printed)
+    assert child.exitcode == 0, printed
 
 
 def test_triton_may_have_been_imported_before():
