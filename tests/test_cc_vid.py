@@ -12,7 +12,8 @@ from torch import nn
 from helpers import assert_same, DTYPES, gen, learned, value_and_gradients
 from relkd.losses.cc import CC, correlation
 from relkd.losses.vid import VID
-from relkd.relations import as_map_pairs, pdist
+from relkd.losses.contract import as_map_pairs
+from relkd.relations import pdist
 
 many = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TOLERANCES = [(torch.float32, 5e-6), (torch.float64, 1e-12)]

@@ -11,7 +11,7 @@ from torch import nn
 from helpers import assert_same, DTYPES, gen, value_and_gradients
 from relkd.losses.at import AT, attention
 from relkd.losses.fitnet import FitNet
-from relkd.relations import as_map_pairs
+from relkd.losses.contract import as_map_pairs
 
 many = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -171,12 +171,12 @@ def test_the_teacher_runs_once_a_batch_and_does_not_change():
 def test_a_loss_with_parameters_of_its_own_is_trained_with_its_student(monkeypatch):
     import relkd.losses
 
-    class Projected(nn.Module):
+    class Projected(relkd.losses.DistillationLoss):
         def __init__(self):
             super().__init__()
             self.map = nn.Linear(32, 64)
 
-        def forward(self, student, teacher, index):
+        def forward(self, student, teacher, index=None):
             assert index.dtype == torch.int64
             return (self.map(student) - teacher).pow(2).mean()
 

@@ -8,7 +8,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from relkd.losses import KD, RKD, RKDAngle, RKDDistance
-from relkd.relations import angles, as_pair, cosine_similarity_matrix, differences, pdist, unit_differences
+from relkd.losses.contract import as_pair
+from relkd.relations import angles, cosine_similarity_matrix, differences, pdist, unit_differences
 
 many = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 RELATIONAL = [RKDDistance(), RKDAngle(), RKD(), RKDDistance(distinct=True), RKDAngle(distinct=True), RKD(distinct=True)]

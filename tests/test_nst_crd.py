@@ -525,7 +525,7 @@ ERRORS = [
     (lambda: CRD(3, 5, 20, classes=torch.zeros(20).long()), r"CRD needs classes of shape \(20,\), int64, not all equal; got \(20,\), torch.int64"),
     (lambda: CRD(3, 5, 20, classes=torch.arange(19)), r"got \(19,\), torch.int64"),
     (lambda: CRD(3, 5, 20, classes=torch.rand(20)), r"got \(20,\), torch.float32"),
-    (lambda: CRD.from_features(*given_pair), "CRD needs samples=, how many training samples there are: it remembers each of them"),
+    (lambda: CRD.from_features(*given_pair), "CRD needs samples=, how many training samples there are, or their labels=: it remembers each of them"),
     (lambda: small(*given_pair), r"CRD needs index= of shape \(N,\), int64, with N = 4: numbers of training samples; got NoneType"),
     (lambda: small(*given_pair, index=[0, 1, 2, 3]), "got list"),
     (lambda: small(*given_pair, index=torch.arange(4.)), r"got \(4,\), torch.float32"),

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from ..relations import as_map_pairs, full_precision
+from .contract import DistillationLoss, as_map_pairs
+from ..relations import full_precision
 
 # %% ../../nbs/losses/08_ab.ipynb #55a0927e
 class Connector(nn.Module):
@@ -38,7 +39,7 @@ class Connector(nn.Module):
         return f if s.dim() == 4 else f.flatten(1)
 
 # %% ../../nbs/losses/08_ab.ipynb #238a88d5
-class PreActivationLoss(nn.Module):
+class PreActivationLoss(DistillationLoss):
     "A loss on maps before the ReLU, the student's behind connectors: what AB and OFD share."
     def __init__(self,
         in_channels,        # C_S or D_S, of the student's layer; a list for several layers, the deepest last
@@ -62,6 +63,7 @@ class PreActivationLoss(nn.Module):
     def from_features(cls,
         student,   # an example of the student's layers before the ReLU, (N, C_S, H, W) or (N, D_S), or a list, the deepest last
         teacher,   # of the teacher's
+        labels=None, # not needed
         **options, # of the constructor
     ) -> 'PreActivationLoss':
         "The loss for layers of these shapes. Raises ValueError as the loss itself does."
@@ -71,6 +73,7 @@ class PreActivationLoss(nn.Module):
     def forward(self,
         student, # (N, C_S, H, W) or (N, D_S), or a list, before the ReLU: receives the gradient
         teacher, # (N, C_T, H', W') or (N, D_T), or a list, before the ReLU: receives none; N the same
+        index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the weighted sum over layers, float32 at least. Raises ValueError on bad shapes
         pairs, name, total = as_map_pairs(student, teacher, type(self).__name__, embeddings=True), type(self).__name__, 0.
         if len(pairs) != len(self.channels): raise ValueError(f"{name} was made for {len(self.channels)} layer(s); got {len(pairs)}")
@@ -79,7 +82,7 @@ class PreActivationLoss(nn.Module):
                 raise ValueError("{} was made for {} student and {} teacher channels; got {} and {}: {}.from_features reads them from an example".format(name, *self.channels[k], *got, name))
             with full_precision(s):
                 s = self.connectors[k](s)
-                total = total + self.distance(s, t.to(s.dtype), k) * (self.layer_weights[k] * (1 / s.numel() if self.scale == 'mean' else self.scale / len(s)))
+                total = total + self.distance(s, t.to(s.dtype), k) * (self.layer_weights[k] * (1 / s.numel() if self.scale == 'mean' else self.scale / s.shape[0]))
         return total
 
     def extra_repr(self): return f"scale={self.scale!r}, layer_weights={self.layer_weights}"

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from ..relations import as_points, full_precision, known_gradient
+from .contract import known_gradient
+from ..relations import as_points, full_precision
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #5abfa8ec
 class Sides(NamedTuple):
@@ -22,7 +23,7 @@ class Sides(NamedTuple):
 
 def _measure(*batches):
     "Points, their squared distances divided by the mean of all, and these means: float64; a list of (N, D), (B, N, N), (B, 1, 1)."
-    points = [b.double() for b in batches]; n = len(points[0]); q = points[0].new_empty(len(points), n, n)
+    points = [b.double() for b in batches]; n = points[0].shape[0]; q = points[0].new_empty(len(points), n, n)
     for e, x in zip(points, q): torch.mm(e, e.t(), out=x)
     diagonal = q.diagonal(dim1=1, dim2=2); norm2 = diagonal.clone()
     q.mul_(-2).add_(norm2[:, :, None]).add_(norm2[:, None]); diagonal.fill_(float('inf'))
@@ -136,7 +137,7 @@ def _on_gpu(q, z, anchors, rough):
 
 def _loss_and_gradient(student:torch.Tensor, teacher:torch.Tensor, known:bool, distinct:bool, start:int, step:int, compiled:bool) -> tuple[torch.Tensor, torch.Tensor]:
     "Mean Huber loss of the cosines, and its gradient with respect to the student; `known`: the teacher is given by its sides."
-    n = len(student); anchors = range(start, n, step)
+    n = student.shape[0]; anchors = range(start, n, step)
     with full_precision(student):
         (e, *_), both, (scale, *_) = _measure(student) if known else _measure(student, teacher)
         if known: both = torch.cat([both, teacher[None]])

@@ -7,10 +7,10 @@ __all__ = ['attention', 'AT']
 
 # %% ../../nbs/losses/03_at.ipynb #d91ff7b1
 import torch
-from torch import nn
 import torch.nn.functional as F
 
-from ..relations import as_map_pairs, full_precision
+from .contract import DistillationLoss, as_map_pairs
+from ..relations import full_precision
 
 # %% ../../nbs/losses/03_at.ipynb #da561067
 def attention(
@@ -24,7 +24,7 @@ def attention(
     return F.normalize((f / peak.masked_fill(peak <= eps, float('inf'))).pow(p).mean(1).flatten(1))
 
 # %% ../../nbs/losses/03_at.ipynb #cb288d35
-class AT(nn.Module):
+class AT(DistillationLoss):
     "Mean squared difference of the normalised attention maps (Zagoruyko & Komodakis 2017, Eq. 2 as in the authors' code: squares and a mean)."
     def __init__(self,
         p:float=2., # power of |F|, at least 1; the larger, the more the map is its hottest position
@@ -36,6 +36,7 @@ class AT(nn.Module):
     def forward(self,
         student, # (N, C_S, H, W), or a list of maps: receives the gradient
         teacher, # (N, C_T, H', W'), or a list of as many: receives none; N the same
+        index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 2 / (H * W), float32 at least. Raises ValueError on bad shapes
         return sum(self._one(s, t) for s, t in as_map_pairs(student, teacher, 'AT'))
 

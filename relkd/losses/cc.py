@@ -9,9 +9,9 @@ __all__ = ['correlation', 'CC']
 import math
 
 import torch
-from torch import nn
 
-from ..relations import as_pair, as_points, full_precision, pdist
+from .contract import DistillationLoss, as_pair
+from ..relations import as_points, full_precision, pdist
 
 # %% ../../nbs/losses/05_cc.ipynb #c4413f8f
 def correlation(
@@ -40,7 +40,7 @@ def correlation(
     return k
 
 # %% ../../nbs/losses/05_cc.ipynb #aead86c6
-class CC(nn.Module):
+class CC(DistillationLoss):
     "Mean squared difference of the two networks' correlation matrices (Peng et al. 2019, Gaussian RBF kernel as its Taylor series)."
     def __init__(self,
         kernel:str='gaussian', # 'gaussian', 'bilinear' (cosines) or 'mmd' (distances)
@@ -55,6 +55,7 @@ class CC(nn.Module):
     def forward(self,
         student, # (N, D_S), or (N, C, H, W), which is flattened: receives the gradient
         teacher, # (N, D_T), or (N, C, H, W): receives none; N the same, at least 2
+        index=None, # not needed
     ) -> torch.Tensor: # 0-dim, mean over N^2 pairs, float32 at least. Raises ValueError on bad shapes
         s, t = as_pair(student, teacher, 2, 'CC')
         return (correlation(s, **self.options) - correlation(t, **self.options)).pow(2).mean()

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from ..relations import as_pair, full_precision, known_gradient
+from .contract import DistillationLoss, as_pair, known_gradient
+from ..relations import full_precision
 
 # %% ../../nbs/losses/12_crd.ipynb #d16ceeb3
 def _unit(v):
@@ -30,7 +31,7 @@ def contrast(
     eps:float=1e-7,      # beside K / n
 ) -> tuple: # the loss, 0-dim; its gradient with respect to v, (N, D); log Z, 0-dim
     "One half of CRD: how badly each anchor is told to belong to its own row and not to the negatives (Tian et al. 2020, Eq. 10 and 19)."
-    N, n, K = len(v), len(memory), chosen.shape[1] - 1
+    N, n, K = v.shape[0], memory.shape[0], chosen.shape[1] - 1
     c, u, memory, log_Z = K / n + eps, v / T, memory.to(v.dtype), log_Z.to(v.dtype)
     rows = F.embedding(chosen, memory) if n > (K + 1) * memory.shape[1] else None            # whichever block is smaller
     scores = (u @ memory.T).gather(1, chosen) if rows is None else (rows @ u[:, :, None]).squeeze(2)
@@ -52,21 +53,21 @@ class _OtherClasses(nn.Module):
 
     def forward(self, index, negatives):
         start, count = self.start[index, None], self.count[index, None]
-        place = torch.randint(2**62, (len(index), negatives), device=index.device) % (len(self.order) - count)
+        place = torch.randint(2**62, (index.shape[0], negatives), device=index.device) % (self.order.shape[0] - count)
         return self.order[place + count * (place >= start)]
 
 # %% ../../nbs/losses/12_crd.ipynb #ac614a73
 def _numbers(name, shape, index, s, samples):
     "`index`, checked, on the device of `s`."
-    if not (isinstance(index, torch.Tensor) and index.dtype == torch.long and index.dim() == len(shape.split()) and len(index) == len(s) and index.numel()):
+    if not (isinstance(index, torch.Tensor) and index.dtype == torch.long and index.dim() == len(shape.split()) and index.shape[0] == s.shape[0] and index.numel()):
         given = f"{tuple(index.shape)}, {index.dtype}" if isinstance(index, torch.Tensor) else type(index).__name__
-        raise ValueError(f"CRD needs {name}= of shape {shape}, int64, with N = {len(s)}: numbers of training samples; got {given}")
+        raise ValueError(f"CRD needs {name}= of shape {shape}, int64, with N = {s.shape[0]}: numbers of training samples; got {given}")
     if index.device.type == 'cpu' and not torch.compiler.is_compiling() and not 0 <= index.min() <= index.max() < samples:
         raise ValueError(f"CRD remembers {samples} samples; got {name}= from {index.min()} to {index.max()}: samples are counted from 0, within the training set")
     return index.to(s.device)
 
 # %% ../../nbs/losses/12_crd.ipynb #95d90be5
-class CRD(nn.Module):
+class CRD(DistillationLoss):
     "Logistic loss of telling the pair of the same image from pairs with remembered other images (Tian et al. 2020, Eq. 10 and 19, with the constant Z, the memories and the sums of the authors' code)."
     def __init__(self,
         in_features:int,      # D_S
@@ -97,13 +98,17 @@ class CRD(nn.Module):
     def from_features(cls,
         student,          # an example of the student's layer, (N, D_S), or a map, which is flattened
         teacher,          # of the teacher's
-        samples:int=None, # in the training set
+        labels=None,      # (n,) int64, of all training samples: n of them are remembered
+        samples:int=None, # how many those are, where there are no labels
+        classes=None,     # as of the constructor; True: the labels
         **options,        # of the constructor
     ) -> 'CRD':
         "The loss for layers of these shapes. Raises ValueError as the loss itself does."
-        if samples is None: raise ValueError("CRD needs samples=, how many training samples there are: it remembers each of them")
+        if samples is None and labels is None:
+            raise ValueError("CRD needs samples=, how many training samples there are, or their labels=: it remembers each of them")
+        if classes is True and labels is None: raise ValueError("CRD needs labels= for classes=True: they are the classes")
         s, t = as_pair(student, teacher, 1, 'CRD')
-        return cls(s.shape[1], t.shape[1], samples, **options)
+        return cls(s.shape[1], t.shape[1], len(labels) if samples is None else samples, classes=labels if classes is True else classes, **options)
 
     def forward(self,
         student,        # (N, D_S), or a map, which is flattened: receives the gradient
@@ -117,7 +122,7 @@ class CRD(nn.Module):
         index = _numbers('index', '(N,)', index, s, self.samples)
         if negatives is not None: negatives = _numbers('negatives', '(N, K)', negatives, s, self.samples)
         elif self.other_classes is not None: negatives = self.other_classes(index, self.negatives)
-        else: negatives = torch.randint(self.samples, (len(index), self.negatives), device=index.device)
+        else: negatives = torch.randint(self.samples, (index.shape[0], self.negatives), device=index.device)
         chosen = torch.cat([index[:, None], negatives], 1)
         dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), self.embed_s.weight.dtype)
         with full_precision(s):

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from ..relations import as_map_pairs, full_precision
+from .contract import DistillationLoss, as_map_pairs
+from ..relations import full_precision
 
 # %% ../../nbs/losses/02_fitnet.ipynb #b3500d76
-class FitNet(nn.Module):
+class FitNet(DistillationLoss):
     "Mean squared error between the teacher's hint and a trained linear regression of the student's layer (Romero et al. 2015, Sec. 2.2, there as half the squared norm)."
     def __init__(self,
         in_channels,  # C_S or D_S, of the student's layer; a list for several layers
@@ -29,6 +30,7 @@ class FitNet(nn.Module):
     def from_features(cls,
         student,   # an example of the student's layer, (N, C_S, H, W) or (N, D_S), or a list
         teacher,   # of the teacher's
+        labels=None, # not needed
         **options, # of the constructor
     ) -> 'FitNet':
         "The loss for layers of these shapes. Raises ValueError as the loss itself does."
@@ -38,6 +40,7 @@ class FitNet(nn.Module):
     def forward(self,
         student, # (N, C_S, H, W) or (N, D_S), or a list: receives the gradient
         teacher, # (N, C_T, H', W') or (N, D_T), or a list: receives none; N the same
+        index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers, float32 at least. Raises ValueError on bad shapes
         pairs = as_map_pairs(student, teacher, 'FitNet', embeddings=True)
         if len(pairs) != len(self.regressors): raise ValueError(f"FitNet was made for {len(self.regressors)} layer(s); got {len(pairs)}")

@@ -7,9 +7,9 @@ __all__ = ['flow_matrix', 'FSP']
 
 # %% ../../nbs/losses/10_fsp.ipynb #65a306ef
 import torch
-from torch import nn
 import torch.nn.functional as F
 
+from .contract import DistillationLoss
 from ..relations import full_precision
 
 # %% ../../nbs/losses/10_fsp.ipynb #9522d2f8
@@ -26,7 +26,7 @@ def flow_matrix(
     return first.flatten(2) @ second.flatten(2).transpose(1, 2) / (size[0] * size[1])
 
 # %% ../../nbs/losses/10_fsp.ipynb #ada8f100
-class FSP(nn.Module):
+class FSP(DistillationLoss):
     "Squared distance of the flow matrices of pairs of layers (Yim et al. 2017, Eq. 2)."
     def __init__(self,
         pairs=None,           # list of (i, j), places in the list of layers; by default each layer with the next
@@ -46,6 +46,7 @@ class FSP(nn.Module):
     def forward(self,
         student, # list of maps (N, C_i, H_i, W_i): receives the gradient
         teacher, # list of as many maps (N, C_i, H'_i, W'_i), of the same channels layer by layer: receives none
+        index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over pairs, float32 at least. Raises ValueError on bad shapes
         student, teacher = self._layers(student, teacher)
         pairs = self.pairs or [(i, i + 1) for i in range(len(student) - 1)]
@@ -66,7 +67,7 @@ class FSP(nn.Module):
         (ns, nt), least = map(len, layers), 2 if self.pairs is None else 1 + max(map(max, self.pairs))
         if ns != nt or ns < least: raise ValueError(f"FSP needs as many layers of the teacher as of the student, at least {least}; got {ns} of the student and {nt} of the teacher")
         sizes = [[f.shape[:2] for f in maps] for maps in layers]
-        if len({n for maps in sizes for n, _ in maps}) > 1: raise ValueError(f"FSP needs all layers of the same samples; got N = {', '.join(str(n) for n, _ in sizes[0])} and N = {', '.join(str(n) for n, _ in sizes[1])}")
+        if any(n != sizes[0][0][0] for maps in sizes for n, _ in maps): raise ValueError(f"FSP needs all layers of the same samples; got N = {', '.join(str(n) for n, _ in sizes[0])} and N = {', '.join(str(n) for n, _ in sizes[1])}")
         for k, ((_, a), (_, b)) in enumerate(zip(*sizes)):
             if a != b: raise ValueError(f"FSP needs as many channels in the student as in the teacher, layer by layer; got {a} and {b} in layer {k}: choose other layers, or a loss with a regressor")
         dtype = torch.float64 if any(f.dtype == torch.float64 for maps in layers for f in maps) else torch.float32

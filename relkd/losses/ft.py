@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .at import attention
-from ..relations import as_map_pairs, full_precision
+from .contract import DistillationLoss, as_map_pairs
+from ..relations import full_precision
 
 # %% ../../nbs/losses/09_ft.ipynb #e80ce986
 def _block(conv, i, o, batchnorm): return [conv(i, o, 3, padding=1), *([nn.BatchNorm2d(o)] if batchnorm else []), nn.LeakyReLU(.1)]
@@ -71,7 +72,7 @@ def _one_of(name, given, *known):
     if given not in known: raise ValueError(f"FT needs {name} to be one of {', '.join(map(repr, known))}; got {given!r}")
     return given
 
-class _Networks(nn.Module):
+class _Networks(DistillationLoss):
     "A paraphraser and a translator for each layer."
     def __init__(self,
         in_channels,             # C_S of the student's map; a list for several layers
@@ -111,6 +112,7 @@ class FT(_Networks):
     def from_features(cls,
         student,   # an example of the student's map, (N, C_S, H, W), or a list
         teacher,   # of the teacher's
+        labels=None, # not needed
         **options, # of the constructor
     ) -> 'FT':
         "The loss for layers of these shapes. Raises ValueError as the loss itself does."
@@ -127,6 +129,7 @@ class FT(_Networks):
     def prepare(self,
         student, # (N, C_S, H, W), or a list: only its height and width are read
         teacher, # (N, C_T, H', W'), or a list of as many
+        index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers of the paraphrasers' reconstruction losses. Raises ValueError on bad shapes
         "The first stage: only the paraphrasers receive a gradient."
         total, pairs = 0., self._pairs(student, teacher)
@@ -139,6 +142,7 @@ class FT(_Networks):
     def forward(self,
         student, # (N, C_S, H, W), or a list: receives the gradient, as the translators do
         teacher, # (N, C_T, H', W'), or a list of as many: receives none, nor do the paraphrasers; N the same
+        index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers, float32 at least. Raises ValueError on bad shapes
         return sum(self._one(r, p, s, t) for r, p, (s, t) in zip(self.translators, self.paraphrasers, self._pairs(student, teacher)))
 
@@ -149,7 +153,7 @@ class FT(_Networks):
             return _distance(view(_run(translator, s)), view(factor), self.p, self.reduction)
 
 # %% ../../nbs/losses/09_ft.ipynb #02f08684
-class FTShortcut(nn.Module):
+class FTShortcut(DistillationLoss):
     "AT with an L1 distance: the CRD benchmark's loss class for FT by itself, without paraphraser and translator."
     def __init__(self,
         p:float=1., # power of the difference, at least 1; 2 makes it AT
@@ -160,6 +164,7 @@ class FTShortcut(nn.Module):
     def forward(self,
         student, # (N, C_S, H, W), or a list of maps: receives the gradient
         teacher, # (N, C_T, H', W'), or a list of as many: receives none; N the same
+        index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers, float32 at least. Raises ValueError on bad shapes
         return sum(self._one(s, t) for s, t in as_map_pairs(student, teacher, 'FTShortcut'))
 

@@ -7,13 +7,13 @@ __all__ = ['KD']
 
 # %% ../../nbs/losses/01_kd.ipynb #74528428
 import torch
-from torch import nn
 import torch.nn.functional as F
 
+from .contract import DistillationLoss
 from ..relations import full_precision
 
 # %% ../../nbs/losses/01_kd.ipynb #6044967c
-class KD(nn.Module):
+class KD(DistillationLoss):
     "Kullback-Leibler divergence of the softened class probabilities, times T^2, mean over the batch (Hinton et al. 2015, Sec. 2)."
     def __init__(self,
         T:float=4., # temperature, above 0; 4 in the RKD paper and in the CRD benchmark
@@ -25,12 +25,13 @@ class KD(nn.Module):
     def forward(self,
         student:torch.Tensor, # (N, C) logits, receives the gradient
         teacher:torch.Tensor, # (N, C) logits, receives none
+        index=None, # not needed
     ) -> torch.Tensor: # 0-dim, in nats times T^2, float32 at least. Raises ValueError on bad shapes
         for name, z in (('student', student), ('teacher', teacher)):
             if not isinstance(z, torch.Tensor) or z.dim() != 2 or not z.is_floating_point():
                 raise ValueError(f"KD needs {name} logits of shape (N, C), floating point; got {tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__}"
                                  + (f", {z.dtype}" if isinstance(z, torch.Tensor) else ""))
-        if student.shape != teacher.shape or not len(student):
+        if student.shape != teacher.shape or not student.shape[0]:
             raise ValueError(f"KD needs logits of the same samples and classes, at least one; got {tuple(student.shape)} and {tuple(teacher.shape)}")
         student, teacher = (z.float() if z.dtype.itemsize < 4 else z for z in (student, teacher.detach()))
         with full_precision(student):

@@ -7,10 +7,10 @@ __all__ = ['selectivity', 'NST']
 
 # %% ../../nbs/losses/11_nst.ipynb #ef759def
 import torch
-from torch import nn
 import torch.nn.functional as F
 
-from ..relations import as_map_pairs, full_precision
+from .contract import DistillationLoss, as_map_pairs
+from ..relations import full_precision
 
 # %% ../../nbs/losses/11_nst.ipynb #3fede7a3
 def selectivity(
@@ -23,7 +23,7 @@ def selectivity(
     return F.normalize(f / peak.masked_fill(peak <= eps, float('inf')), dim=2)
 
 # %% ../../nbs/losses/11_nst.ipynb #bb548149
-class NST(nn.Module):
+class NST(DistillationLoss):
     "Squared maximum mean discrepancy of the student's and the teacher's normalised channels (Huang & Wang 2017; the polynomial kernel with d = 2, c = 0 by default)."
     def __init__(self,
         kernel:str='polynomial', # or 'linear' or 'gaussian'
@@ -41,6 +41,7 @@ class NST(nn.Module):
     def forward(self,
         student, # (N, C_S, H, W), or a list of maps: receives the gradient
         teacher, # (N, C_T, H', W'), or a list of as many: receives none; N the same
+        index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 2 by default, float32 at least. Raises ValueError on bad shapes
         return sum(self._one(s, t) for s, t in as_map_pairs(student, teacher, 'NST'))
 

@@ -7,9 +7,9 @@ __all__ = ['conditional_probabilities', 'PKT']
 
 # %% ../../nbs/losses/07_pkt.ipynb #155e9677
 import torch
-from torch import nn
 
-from ..relations import as_pair, full_precision, known_gradient
+from .contract import DistillationLoss, as_pair, known_gradient
+from ..relations import full_precision
 
 # %% ../../nbs/losses/07_pkt.ipynb #8e816206
 def _parts(e, distinct, eps):
@@ -17,7 +17,7 @@ def _parts(e, distinct, eps):
     length = torch.linalg.vector_norm(e, dim=1, keepdim=True); length = length.masked_fill(length <= eps, float('inf'))
     unit = e / length
     k = (unit @ unit.t() + 1).clamp(min=2e-8)                 # opposite embeddings: 0, up to rounding
-    if distinct: k = k.masked_fill(torch.eye(len(k), dtype=torch.bool, device=k.device), 0)
+    if distinct: k = k.masked_fill(torch.eye(k.shape[0], dtype=torch.bool, device=k.device), 0)
     return unit, length, k, k.sum(1, keepdim=True)
 
 def conditional_probabilities(
@@ -30,7 +30,7 @@ def conditional_probabilities(
     return k / total
 
 # %% ../../nbs/losses/07_pkt.ipynb #4d2559ae
-class PKT(nn.Module):
+class PKT(DistillationLoss):
     "KL divergence of the conditional probabilities of a batch, teacher to student, cosine kernel (Passalis & Tefas 2018; the mean as in the authors' code)."
     def __init__(self,
         reduction:str='mean', # 'mean': over all N^2 entries, the authors' code; 'batchmean': the divergence, a sum over j and a mean over i
@@ -45,9 +45,11 @@ class PKT(nn.Module):
     def forward(self,
         student:torch.Tensor, # (N, D_S) or (N, C, H, W), which is flattened: receives the gradient
         teacher:torch.Tensor, # (N, D_T) or (N, C', H', W'): receives none; N the same
+        index=None, # not needed
     ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 2 (N < 3 if distinct)
         s, t = as_pair(student, teacher, 3 if self.distinct else 2, 'PKT(distinct=True)' if self.distinct else 'PKT')
-        n = len(s); count = n if self.reduction == 'batchmean' else n * (n - 1) if self.distinct else n * n
+        n = s.shape[0]
+        count = n if self.reduction == 'batchmean' else n * (n - 1) if self.distinct else n * n
         with full_precision(s), torch.no_grad():
             p = conditional_probabilities(t, self.distinct); unit, length, k, total = _parts(s, self.distinct, 1e-5)
             q = k / total; gap, floor = q - p, p + self.eps   # the gap sums to 0 in every row

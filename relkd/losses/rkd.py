@@ -7,22 +7,27 @@ __all__ = ['RKDDistance', 'RKDAngle', 'RKD']
 
 # %% ../../nbs/losses/00_rkd.ipynb #e929ddb7
 import torch
-from torch import nn
 import torch.nn.functional as F
 
 from .angle import Sides, angle_loss, sides
-from ..relations import as_pair, pdist
+from .contract import DistillationLoss, as_pair
+from ..relations import pdist
 
 # %% ../../nbs/losses/00_rkd.ipynb #7086557d
 def _pair(student, teacher, least, loss):
     if not isinstance(teacher, Sides): return as_pair(student, teacher, least, loss)
     student, _ = as_pair(student, student, least, loss)
-    if len(student) != len(teacher.q): raise ValueError(f"{loss} needs student and teacher embeddings of the same samples; got N = {len(student)} and the sides of N = {len(teacher.q)}")
+    ns, nt = student.shape[0], teacher.q.shape[0]
+    if ns != nt: raise ValueError(f"{loss} needs student and teacher embeddings of the same samples; got N = {ns} and the sides of N = {nt}")
     return student, teacher
 
-class RKDDistance(nn.Module):
+class _OfSides(DistillationLoss):
+    "All that is read of a teacher are the sides of its triangles."
+    part_name = 'sides'
+    def teacher_part(self, teacher): return sides(teacher)
+
+class RKDDistance(_OfSides):
     "Distance-wise loss RKD-D: Huber loss of the pairwise distances, each divided by its batch mean (Park et al. 2019, Sec. 3.2)."
-    of_teacher = staticmethod(sides)   # all that is read of a teacher: may be computed once for many students
     def __init__(self,
         distinct:bool=False, # mean over pairs of distinct samples (the paper's) instead of all N^2 (the authors' code)
     ):
@@ -32,41 +37,48 @@ class RKDDistance(nn.Module):
     def forward(self,
         student:torch.Tensor, # (N, D_S), receives the gradient
         teacher,              # (N, D_T), receives none, or its Sides; N the same
+        index=None,           # not needed
     ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 2
         student, teacher = _pair(student, teacher, 2, 'RKDDistance')
-        n = len(student)
+        n = student.shape[0]
         def relative(d): return d / (d.sum() / (n * (n - 1)))
-        of_teacher = teacher.q.sqrt().to(student.dtype) if isinstance(teacher, Sides) else pdist(teacher)
-        loss = F.smooth_l1_loss(relative(pdist(student)), relative(of_teacher))
+        known = teacher.q.sqrt().to(student.dtype) if isinstance(teacher, Sides) else pdist(teacher)
+        loss = F.smooth_l1_loss(relative(pdist(student)), relative(known))
         return loss * (n / (n - 1)) if self.distinct else loss
 
     def extra_repr(self): return f'distinct={self.distinct}'
 
 # %% ../../nbs/losses/00_rkd.ipynb #aa4d3e57
-class RKDAngle(nn.Module):
+class RKDAngle(_OfSides):
     "Angle-wise loss RKD-A: Huber loss of the cosines at every vertex, in memory of order N^2 (Park et al. 2019, Sec. 3.2)."
-    of_teacher = staticmethod(sides)
     def __init__(self,
         distinct:bool=False, # mean over triplets of distinct samples (the paper's) instead of all N^3 (the authors' code)
         compiled:bool=False, # fuse the inner loop with torch.compile: needs a compiler, and some seconds at the first call
     ):
         super().__init__()
         self.distinct, self.compiled = distinct, compiled
-        self.anchors = 0, 1   # (rank, R): of R processes that see the same batch each takes every R-th vertex; the loss is the mean of theirs
+        self.anchors = 0, 1   # (rank, R), see `split`
 
     def forward(self,
         student:torch.Tensor, # (N, D_S), receives the gradient
         teacher,              # (N, D_T), receives none, or its Sides; N the same
+        index=None,           # not needed
     ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 3
         student, teacher = _pair(student, teacher, 3, 'RKDAngle')
         return angle_loss(student, teacher, self.distinct, self.anchors, self.compiled)
 
+    def split(self,
+        rank:int,      # of this process
+        processes:int, # R of them, which see the same batch
+    ):
+        "Take every R-th vertex, R times: the loss is the mean of what the processes get."
+        self.anchors = rank, processes
+
     def extra_repr(self): return f'distinct={self.distinct}'
 
 # %% ../../nbs/losses/00_rkd.ipynb #f1602abe
-class RKD(nn.Module):
+class RKD(_OfSides):
     "RKD-DA: `w_distance` times the distance-wise plus `w_angle` times the angle-wise loss (Park et al. 2019, Sec. 3.2)."
-    of_teacher = staticmethod(sides)
     def __init__(self,
         w_distance:float=25.,  # weight of RKDDistance; 25 in classification, 1 in metric learning
         w_angle:float=50.,     # weight of RKDAngle; 50 in classification, 2 in metric learning
@@ -80,8 +92,16 @@ class RKD(nn.Module):
     def forward(self,
         student:torch.Tensor, # (N, D_S), receives the gradient
         teacher,              # (N, D_T), receives none, or its Sides; N the same
+        index=None,           # not needed
     ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 3 (N < 2 if w_angle is 0)
         loss = self.w_distance * self.distance(student, teacher)
         return loss + self.w_angle * self.angle(student, teacher) if self.w_angle else loss
+
+    def split(self,
+        rank:int,      # of this process
+        processes:int, # R of them, which see the same batch
+    ):
+        "RKDAngle's share; the distances cost little and stay whole."
+        self.angle.split(rank, processes)
 
     def extra_repr(self): return f'w_distance={self.w_distance}, w_angle={self.w_angle}'

@@ -7,9 +7,9 @@ __all__ = ['similarities', 'SP']
 
 # %% ../../nbs/losses/04_sp.ipynb #1d2836ab
 import torch
-from torch import nn
 
-from ..relations import as_pair, full_precision, known_gradient
+from .contract import DistillationLoss, as_pair, known_gradient
+from ..relations import full_precision
 
 # %% ../../nbs/losses/04_sp.ipynb #7acc1f72
 def _normalised(gram, norm, eps):
@@ -28,7 +28,7 @@ def similarities(
     return _normalised(e @ e.t(), norm, eps)[0]
 
 # %% ../../nbs/losses/04_sp.ipynb #4e94514b
-class SP(nn.Module):
+class SP(DistillationLoss):
     "Mean squared difference of the row-normalised Gram matrices of a batch (Tung & Mori 2019, the similarity-preserving loss)."
     def __init__(self,
         norm:str='row', # 'row': every row for itself, as in the paper; 'global': one Frobenius norm for the whole matrix
@@ -40,6 +40,7 @@ class SP(nn.Module):
     def forward(self,
         student, # (N, D_S) or (N, C, H, W), which is flattened, or a list of layers: receives the gradient
         teacher, # (N, D_T) or (N, C', H', W'), or a list of as many: receives none; N the same
+        index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 4 / N ('global': 2 / N^2), float32 at least. Raises ValueError on bad shapes or N < 2
         if isinstance(student, torch.Tensor) and isinstance(teacher, torch.Tensor): return self._one(student, teacher)
         layers = [list(e) if isinstance(e, (list, tuple)) else [e] for e in (student, teacher)]

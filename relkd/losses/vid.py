@@ -12,10 +12,11 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from ..relations import as_map_pairs, full_precision
+from .contract import DistillationLoss, as_map_pairs
+from ..relations import full_precision
 
 # %% ../../nbs/losses/06_vid.ipynb #a8f43ff3
-class VID(nn.Module):
+class VID(DistillationLoss):
     "Negative log-density of the teacher's layer under a Gaussian around a regression of the student's (Ahn et al. 2019, mean over all numbers as in the circulating code, without log(2 pi) / 2)."
     def __init__(self,
         in_channels,              # C_S or D_S, of the student's layer; a list for several layers
@@ -40,6 +41,7 @@ class VID(nn.Module):
     def from_features(cls,
         student,   # an example of the student's layer, (N, C_S, H, W) or (N, D_S), or a list
         teacher,   # of the teacher's
+        labels=None, # not needed
         **options, # of the constructor
     ) -> 'VID':
         "The loss for layers of these shapes. Raises ValueError as the loss itself does."
@@ -53,6 +55,7 @@ class VID(nn.Module):
     def forward(self,
         student, # (N, C_S, H, W) or (N, D_S), or a list: receives the gradient
         teacher, # (N, C_T, H', W') or (N, D_T), or a list: receives none; N the same
+        index=None, # not needed
     ) -> torch.Tensor: # 0-dim, nats per number, may be negative; the sum over layers, float32 at least. Raises ValueError on bad shapes
         pairs = as_map_pairs(student, teacher, 'VID', embeddings=True)
         if len(pairs) != len(self.regressors): raise ValueError(f"VID was made for {len(self.regressors)} layer(s); got {len(pairs)}")
