@@ -18,6 +18,7 @@ from relkd.losses import DistillationLoss
 from relkd.models import create
 from relkd.recipes.omniglot import halved_adam
 from relkd.tables.recipe import recipe
+from relkd.tasks.classify import Classify
 from relkd.tasks.fewshot import FewShot
 from relkd.train import Learner, Saver, Schedule, Session, Stop, Stopped, chosen_device, chosen_precision, fit, make_fabric, moments
 
@@ -133,7 +134,7 @@ def test_building_changes_neither_modes_nor_the_random_numbers():
 def group():
     term = Term(Hint)
     rows = [PAPER_ROWS[2], Row("two stages", (term,), before=(Stage((term,), 2), Stage((Term(Hint, 3.),), 1))), Row("one before", (), before=(Stage((Term(Hint, 2.),), 1),)), PAPER_ROWS[3]]
-    return [Learner(seeded(lambda: Tiny(10, .5), k), r, PLAN, seed=k) for k, r in enumerate(rows)]
+    return [Learner(seeded(lambda: Tiny(10, .5), k), r, PLAN, seed=k, task=Classify()) for k, r in enumerate(rows)]
 
 
 def few_shot_group():
@@ -218,13 +219,13 @@ def test_the_course_of_all_stages(stages, epochs):
 
 
 def test_looking_on_only_now_and_then_and_after_the_last():
-    l = Learner(Tiny(10), PAPER_ROWS[0], replace(PLAN, epochs=5))
+    l = Learner(Tiny(10), PAPER_ROWS[0], replace(PLAN, epochs=5), task=Classify())
     fit([l], stream(), 5, eval_every=2)
     assert ["accuracy" in e for e in l.epochs] == [False, True, False, True, True]
 
 
 def test_a_loss_that_is_not_finite_is_recorded_as_none():
-    l = Learner(Tiny(10), PAPER_ROWS[0], Schedule(2, 25, 1e30, momentum=0., milestones=()))
+    l = Learner(Tiny(10), PAPER_ROWS[0], Schedule(2, 25, 1e30, momentum=0., milestones=()), task=Classify())
     fit([l], stream(), 2)
     assert l.epochs[1]["loss"] is None and math.isfinite(l.epochs[1]["accuracy"])
 
