@@ -148,8 +148,8 @@ def _of_earlier_version(experiment):
 
 def _clear_orphans(experiment):
     "Remove what kills left: groups whose cells are all finished, parts without a manifest, files that were not written to the end."
-    folder = experiment.folder
-    for path in folder.glob('*.tmp'):
+    folder, records = experiment.folder, Path(experiment.session.out) / 'records' / experiment.recipe.name
+    for path in (*folder.glob('*.tmp'), *records.glob('*.tmp')):
         path.unlink(missing_ok=True)
     done = {m['digest'] for p in folder.glob('*-seed*.ckpt') if (m := manifest_of(p))}
     for path in {folder / f"{p.name.split('.ckpt')[0]}.ckpt" for p in folder.glob('group-*.ckpt*')}:
