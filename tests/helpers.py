@@ -134,7 +134,8 @@ def few_shot_toy(**change):
     plan = Schedule(2, None, 1e-3, milestones=(1,), gamma=.5, weight_decay=0., optimiser="Adam")
     task = FewShot(way=4, query=2, length=3, ways=(2,), test_query=3, test_episodes=20)
     rows = (Row("Student"), Row("RKD-D", (Term("RKDDistance", 50.),)))
-    return toy(name="few-shot-toy", data=split_digits, task=task, vary={"shot": (1, 2)}, rows=rows, schedule=plan, teacher_schedule=None, baseline="Teacher", **change)
+    mine = dict(name="few-shot-toy", data=split_digits, task=task, vary={"shot": (1, 2)}, rows=rows, schedule=plan, teacher_schedule=None, baseline="Teacher")
+    return toy(**(mine | change))
 
 
 def same(a, b):
