@@ -71,8 +71,8 @@ NAME = typer.Argument(help='Name of a recipe (`relkd recipes` lists them), or a 
 
 def _wanted(name, rows=None, seeds=None, epochs=None, shots=None, settings=None, device='auto', precision=None):
     "The recipe, reduced; whatever can be said without torch is said before it is imported."
-    changes, seeds = [setting(s) for s in settings or []], numbers(seeds) if seeds else None
-    shots = numbers(shots, '--shots') if shots else None
+    changes, seeds = [setting(s) for s in settings or []], numbers(seeds) if seeds is not None else None
+    shots = numbers(shots, '--shots') if shots is not None else None
     if device not in ('auto', 'cpu', 'cuda'):
         raise ValueError(f"device is 'auto', 'cpu' or 'cuda'; got {device!r}")
     if precision not in (None, '32', 'bf16'):
@@ -83,7 +83,7 @@ def _wanted(name, rows=None, seeds=None, epochs=None, shots=None, settings=None,
     r = recipe(name)
     for path, value in changes:
         r = r.with_value(path, value)
-    return r.reduced(rows.split(',') if rows else None, seeds, epochs, **({'shot': shots} if shots else {}))
+    return r.reduced(rows.split(',') if rows is not None else None, seeds, epochs, **({'shot': shots} if shots else {}))
 
 def _known(name):
     from relkd.catalogue import known_recipes

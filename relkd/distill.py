@@ -33,11 +33,11 @@ class Term:
         if isinstance(self.loss, str):
             if self.loss not in losses.__all__:
                 raise ValueError(nearest('loss', self.loss, losses.__all__))
-        elif not callable(self.loss):
+        elif not callable(self.loss) or isinstance(self.loss, nn.Module):
             raise ValueError(f"a term's loss is a name in relkd.losses, a class or a function; got {self.loss!r}")
 
     @property
-    def name(self) -> str: return self.loss if isinstance(self.loss, str) else self.loss.__name__
+    def name(self) -> str: return self.loss if isinstance(self.loss, str) else getattr(self.loss, '__name__', type(self.loss).__name__)
 
     def build(self,
         student=None, # an example of what the loss will be given, a tensor or a list: for trainable parts with shapes
@@ -68,6 +68,10 @@ class Row:
     terms:tuple=()   # of Term
     task:float=1.    # weight of the task's own loss; at 0 it is not computed
     before:tuple=()  # of Stage
+
+    def __post_init__(self):
+        if not self.task and not self.terms:
+            raise ValueError(f"row {self.name!r} has neither terms nor the task's own loss: it would learn nothing")
 
     @property
     def all_terms(self) -> tuple: return (*self.terms, *(t for s in self.before for t in s.terms))

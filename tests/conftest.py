@@ -39,3 +39,23 @@ def relkd_cli():
 
     call.env = env
     return call
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    """Run the command line in this process: typed('run', 'digits', ...) -> (exit status, stdout, stderr)."""
+    import warnings
+
+    from relkd.cli import main
+
+    def call(*args):
+        monkeypatch.setattr(sys, "argv", ["relkd", *map(str, args)])
+        monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+        code = 0
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code or 0
+        return code, *capsys.readouterr()
+
+    return call

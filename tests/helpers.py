@@ -1,9 +1,19 @@
-"""What several test files share: precisions, seeded generators, a case of every loss, values with gradients, a stop after some steps, a loop that learns."""
+"""What several test files share: precisions, seeded generators, a case of every loss, values with gradients, a stop after some steps, recipes that run in a blink."""
+from dataclasses import replace
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from torch import nn
 
 from relkd import losses
+from relkd.data import joined, load
+from relkd.distill import PAPER_ROWS, Row, Term
+from relkd.tables.recipe import Recipe
+from relkd.tasks.classify import Classify
+from relkd.tasks.fewshot import FewShot
+from relkd.train import Schedule
 
 many = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -139,3 +149,61 @@ def skip_where_triton_cannot_interpret(stderr):
     """Triton 3.6's interpreter takes int() of arrays of one element, which NumPy refuses from 2.4 on; the compiled kernel is not concerned."""
     if "InterpreterError" in stderr and "only 0-dimensional arrays can be converted to Python scalars" in stderr:
         pytest.skip("this Triton's interpreter does not go with this NumPy (int() of an array of one element)")
+
+
+class Tiny(nn.Module):
+    """A network for 8 x 8 digits with a batch norm and layers that have names; without outputs it gives its embedding."""
+    def __init__(self, outputs, dropout=0.):
+        super().__init__()
+        self.conv, self.bn, self.drop = nn.Conv2d(1, 4, 3, stride=2), nn.BatchNorm2d(4), nn.Dropout(dropout)
+        self.fc = nn.Linear(36, outputs) if outputs else nn.Identity()
+
+    def forward(self, x):
+        return self.fc(self.drop(self.bn(self.conv(x)).relu().flatten(1)))
+
+
+def tiny(outputs, channels):
+    return Tiny(outputs)
+
+
+def noisy(outputs, channels):
+    return Tiny(outputs, .5)
+
+
+@cache
+def few_digits():
+    """150 images to train on, 60 to test."""
+    d = load("digits")
+    return joined("few", {"train": (d.train_images[:150], d.train_labels[:150]), "test": (d.test_images[:60], d.test_labels[:60])}, range(10))
+
+
+@cache
+def split_digits():
+    """The digits as the classes of a few-shot set, with a split of one's own."""
+    return load("digits").with_splits({"train": "012345", "val": "67", "test": "89"})
+
+
+def toy(**change):
+    """A recipe that runs in a blink; its networks and its data are functions."""
+    plan = Schedule(3, 25, .05, milestones=(2,))
+    return replace(Recipe(
+        name="toy", title="a blink", data=few_digits, task=Classify(labelled=5), teacher=tiny, student=noisy,
+        rows=(PAPER_ROWS[0], PAPER_ROWS[2], PAPER_ROWS[3]), schedule=plan, teacher_schedule=replace(plan, epochs=2), seeds=(0,)), **change)
+
+
+def few_shot_toy(**change):
+    plan = Schedule(2, None, 1e-3, milestones=(1,), gamma=.5, weight_decay=0., optimiser="Adam")
+    task = FewShot(way=4, query=2, length=3, ways=(2,), test_query=3, test_episodes=20)
+    rows = (Row("Student"), Row("RKD-D", (Term("RKDDistance", 50.),)))
+    mine = dict(name="few-shot-toy", data=split_digits, task=task, vary={"shot": (1, 2)}, rows=rows, schedule=plan, teacher_schedule=None, baseline="Teacher")
+    return toy(**(mine | change))
+
+
+def same(a, b):
+    """Two modules with equal numbers."""
+    return all(x.equal(y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def figures(records):
+    """What a run must give again: the tests, the epochs and the weights of each cell."""
+    return {(r["row"], str(r["variant"]), r["seed"]): (r["tests"], r["epochs"], r["weights"], r["run"]) for r in records}

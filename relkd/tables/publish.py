@@ -19,9 +19,6 @@ from .run import Experiment
 from ..train.session import Session
 
 # %% ../../nbs/lab/34_publish.ipynb #b8cf6cb7
-def _command(recipe):
-    return f'relkd run {recipe.name}'
-
 def _finished(experiment):
     "Pairs (protocol, record) of the first teacher and of the distilled cells. Raises ValueError if one is missing."
     e, r = experiment, experiment.recipe
@@ -34,7 +31,7 @@ def _finished(experiment):
     if lacking:
         cells = ', '.join(f"{p['row']['name']} seed {p['seed']}" for p in lacking[:3]) + ', ...' * (len(lacking) > 3)
         raise ValueError(f"publishing {r.name} needs the records of its teacher and of all distilled runs; {len(lacking)} of "
-                         f"{len(wanted)} are not in {e.session.out} or of another protocol ({cells}): run `{_command(r)}` first")
+                         f"{len(wanted)} are not in {e.session.out} or of another protocol ({cells}): run the recipe to its end first")
     return [(p, records[digest(p)]) for p in wanted]
 
 def _weights_of(experiment, of, task, protocol, record):
@@ -43,10 +40,10 @@ def _weights_of(experiment, of, task, protocol, record):
     saved = load_checkpoint(e.path(protocol), digest(protocol))
     if saved is None:
         raise ValueError(f"the weights of {what} are not in {e.session.out}/.runs, only its record is there: run "
-                         f"`{_command(e.recipe)}` first, which trains what has no checkpoint")
+                         "the recipe again, which trains what has no checkpoint")
     if saved['record'] != record:
         raise ValueError(f"the record of {what} in {e.session.out}/records is not that of its checkpoint: run "
-                         f"`{_command(e.recipe)}` first, which writes the records of its checkpoints")
+                         "the recipe again, which writes the records of its checkpoints")
     net = e.network(of, task, 0)
     net.load_state_dict(saved['model'])
     return net
@@ -78,6 +75,9 @@ def publish(
     "Publish the teacher and the best student in float16, tested after the rounding. Raises ValueError if a run is missing."
     if not any(r.all_terms for r in recipe.rows):
         raise ValueError(f"{recipe.name} has no distilled row to publish: keep one of its rows beside the plain student")
+    if callable(recipe.teacher) or callable(recipe.student):
+        raise ValueError(f"{recipe.name} has a network of your own, and a manifest names one of relkd.models: save its weights yourself, "
+                         "from relkd.tables.run.trained")
     e = Experiment(recipe, session or Session())
     names = called(recipe.teacher), called(recipe.student)
     if names[0] == names[1]:

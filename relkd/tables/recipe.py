@@ -12,8 +12,10 @@ import inspect
 import re
 import sys
 from dataclasses import dataclass, field, fields, is_dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
+from types import CodeType
 
 from ..catalogue import known_recipes
 from ..data import check_name
@@ -98,7 +100,7 @@ class Recipe:
     ) -> 'Recipe':
         "The recipe with less of it. Other epochs are another experiment, and get another name. Raises ValueError for what it has not."
         new, plain = self, lambda name: name.lower().replace(' ', '')
-        if rows:
+        if rows is not None:
             wanted, known = set(map(plain, rows)), {plain(n): n for n in self.row_names}
             for name in rows:
                 if plain(name) not in known:
@@ -196,14 +198,23 @@ def described(
     return thing if isinstance(thing, (str, int, float, bool, type(None))) else str(thing)
 
 def _source(thing):
+    if isinstance(thing, partial):
+        return {'partial': _source(thing.func), 'arguments': described([thing.args, thing.keywords])}
     module, name = getattr(thing, '__module__', ''), getattr(thing, '__qualname__', type(thing).__name__)
     if str(module).split('.')[0] == 'relkd':
         return name
     try:
         text = inspect.getsource(thing)
     except (OSError, TypeError):
-        text = repr(getattr(getattr(thing, '__code__', None), 'co_code', name))
+        text = _bytecode(getattr(thing, '__code__', name))
+    within = [c.cell_contents for c in getattr(thing, '__closure__', None) or ()]
+    text += repr([v for v in within if isinstance(v, (str, int, float))]) if within else ''
     return {'name': name, 'source': hashlib.sha256(text.encode()).hexdigest()[:12]}
+
+def _bytecode(code):
+    "A function without source text, of `python -c`: its instructions, names and constants."
+    constants = [_bytecode(c) if isinstance(c, CodeType) else c for c in getattr(code, 'co_consts', ())]
+    return repr((getattr(code, 'co_code', code), getattr(code, 'co_names', ()), constants))
 
 # %% ../../nbs/lab/30_recipe.ipynb #7871908a
 def _changed(thing, path, value, whole):
@@ -270,11 +281,14 @@ def from_file(
     path = Path(path).expanduser()
     if not path.is_file():
         raise ValueError(f"no file {path}: name a recipe, or a Python file that defines one")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)
+    if str(path.resolve().parent) not in sys.path:
+        sys.path.append(str(path.resolve().parent))            # what lies beside the file can be imported by it
+    spec = importlib.util.spec_from_file_location(f'{path.stem}_{digest(str(path.resolve()))}', path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found = _of_module(module)
+    found, ours = _of_module(module), known_recipes()
+    if name is None and any(n not in ours for n in found):
+        found = {n: r for n, r in found.items() if n not in ours}   # imported from the package, to be changed
     if not found:
         raise ValueError(f"{path} defines no recipe: it needs a line such as recipe = Recipe(name='mine', ...)")
     if name is None and len(found) > 1:

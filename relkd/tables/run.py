@@ -6,6 +6,7 @@
 __all__ = ['Group', 'Experiment', 'run', 'trained']
 
 # %% ../../nbs/lab/32_run.ipynb #d51d52af
+import hashlib
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,10 @@ class Group:
     stream:int
     label:str
 
+def _of_file(path):
+    path = Path(path)
+    return {'file': path.name, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
+
 class Experiment:
     "A recipe with its data on a device. Raises ValueError before anything is trained if the two do not fit."
     def __init__(self,
@@ -45,7 +50,8 @@ class Experiment:
         self.recipe, self.session = recipe, session
         self.precision = chosen_precision(session.device, session.precision or recipe.precision)
         recipe.check(session.root)
-        self.fabric = session.fabric(recipe.precision)
+        self.fabric = session.fabric(self.precision)
+        self.weights = _of_file(recipe.teacher_weights) if recipe.teacher_weights else None
         own = callable(recipe.data)
         data = recipe.data() if own else load(recipe.data, session.root, **recipe.data_options)
         for task in recipe.tasks:
@@ -98,7 +104,7 @@ class Experiment:
                 'network': described(r.teacher if teacher else r.student), 'eval_every': r.eval_every, 'cut': r.cut,
                 'schedule': described(r.of_teacher if teacher else r.schedule), 'precision': self.precision}
         if teacher:
-            return mine | ({'weights': Path(r.teacher_weights).name} if r.teacher_weights else {})
+            return mine | ({'weights': self.weights} if self.weights else {})
         return mine | {'teacher': digest(self.teacher_protocol(task, stream))}
 
     def teacher_protocol(self, task:Task, stream:int) -> dict:
@@ -128,23 +134,28 @@ def _refuse_others(experiment):
     e, s = experiment, experiment.session
     ways = "name another folder with --out, or write over them with --replace"
     for protocol in e.cells():
-        record = record_path(s.out, {'recipe': e.recipe.name, 'row': protocol['row']['name'],
-                                     'variant': protocol['variant'], 'seed': protocol['seed']})
+        record = record_path(s.out, _cell(e, protocol))
         if record.exists() and read_record(record)['run'] != digest(protocol):
             raise ValueError(f"{record.parent} holds records of another protocol or of an earlier version ({record.name}): {ways}")
         manifest = manifest_of(e.path(protocol))
         if manifest and manifest['digest'] != digest(protocol):
             raise ValueError(f"{e.folder} holds checkpoints of another protocol ({e.path(protocol).name}): {ways}")
-    old = [p.name for p in e.folder.glob('*.ckpt') if 'version' not in (manifest_of(p) or {'version': 0})]
-    if old:
-        raise ValueError(f"{e.folder} holds checkpoints of an earlier version of relkd, which are not continued ({old[0]}): {ways}")
+    if old := _of_earlier_version(e):
+        raise ValueError(f"{e.folder} holds checkpoints of an earlier version of relkd, which are not continued ({old[0].name}): {ways}")
+
+def _of_earlier_version(experiment):
+    return [p for p in sorted(experiment.folder.glob('*.ckpt')) if 'version' not in (manifest_of(p) or {'version': 0})]
 
 def _clear_orphans(experiment):
-    "Remove checkpoints of groups whose cells are all finished."
-    for path in experiment.folder.glob('group-*.ckpt'):
-        members = (manifest_of(path) or {}).get('members')
-        done = {m['digest'] for p in experiment.folder.glob('*-seed*.ckpt') if (m := manifest_of(p))}
-        if members and set(members) <= done:
+    "Remove what kills left: groups whose cells are all finished, parts without a manifest, files that were not written to the end."
+    folder, records = experiment.folder, Path(experiment.session.out) / 'records' / experiment.recipe.name
+    for path in (*folder.glob('*.tmp'), *records.glob('*.tmp')):
+        path.unlink(missing_ok=True)
+    done = {m['digest'] for p in folder.glob('*-seed*.ckpt') if (m := manifest_of(p))}
+    for path in {folder / f"{p.name.split('.ckpt')[0]}.ckpt" for p in folder.glob('group-*.ckpt*')}:
+        manifests = [p for p in (path, path.with_name(path.name + '.before')) if p.exists()]
+        members = next((m['members'] for m in map(manifest_of, manifests) if m and 'members' in m), None)
+        if not manifests or members and set(members) <= done:
             drop_checkpoint(path)
 
 # %% ../../nbs/lab/32_run.ipynb #1d46a33d
@@ -153,18 +164,21 @@ def _finished(experiment, protocol):
     saved = load_checkpoint(experiment.path(protocol), digest(protocol))
     if saved is None:
         return None
+    record = saved['record'] | _cell(experiment, protocol)     # a checkpoint does not say where records are written
     if experiment.fabric.is_global_zero:
-        write_record(experiment.session.out, saved['record'])
-    experiment.session.records.append(saved['record'])
+        write_record(experiment.session.out, record)
+    experiment.session.records.append(record)
     return saved['model']
+
+def _cell(experiment, protocol):
+    return {'recipe': experiment.recipe.name, 'row': protocol['row']['name'], 'variant': protocol['variant'], 'seed': protocol['seed']}
 
 def _finish(experiment, task, protocol, model, epochs, teacher, **cost):
     "Test a trained network, and write its record and its checkpoint."
     e = experiment
     tests = task.test(model, e.data)
-    cell = {'recipe': e.recipe.name, 'row': protocol['row']['name'], 'variant': protocol['variant'], 'seed': protocol['seed']}
     cost |= {'processes': e.fabric.world_size, 'weights': weights_hash(model.state_dict()), 'teacher_weights': teacher}
-    record = make_record(cell, digest(protocol), protocol, task.headline, tests, epochs, e.fabric.device, **cost)
+    record = make_record(_cell(e, protocol), digest(protocol), protocol, task.headline, tests, epochs, e.fabric.device, **cost)
     if e.fabric.is_global_zero:
         save_checkpoint(e.path(protocol), {'record': record, 'model': model.state_dict()}, digest(protocol), e.session.part_size)
         write_record(e.session.out, record)
@@ -229,11 +243,15 @@ def run(
         if not session.replace:
             _refuse_others(e)
         if e.fabric.is_global_zero:
+            for path in _of_earlier_version(e):
+                drop_checkpoint(path)
             _clear_orphans(e)
         for group in e.groups():
             teacher = _teacher(e, group)
             if recipe.rows:
                 _students(e, group, teacher)
+        if e.fabric.is_global_zero:
+            _clear_orphans(e)
     return session.records
 
 # %% ../../nbs/lab/32_run.ipynb #e647ddc8

@@ -163,13 +163,15 @@ class Session:
     replace:bool=False         # write over records of another protocol that lie in `out`?
     records:list=field(default_factory=list)  # of the runs, as they finish: an interruption loses none
     _fabric:object=None
+    _made:str=None             # precision of that Fabric
 
     def fabric(self,
-        precision:str=None, # of the recipe
-    ): # lightning.fabric.Fabric, made once
-        "Device and processes, in the session's precision, else in the one given."
-        if self._fabric is None:
-            self._fabric = make_fabric(self.device, self.precision or precision)
+        precision:str=None, # that is asked for; by default the one at hand, else the session's
+    ): # lightning.fabric.Fabric, made once for each precision
+        "Device and processes in a precision."
+        wanted = chosen_precision(self.device, precision or self._made or self.precision)
+        if wanted != self._made:
+            self._fabric, self._made = make_fabric(self.device, wanted), wanted
         return self._fabric
 
     def stopping(self, reserve:float=0.) -> bool:
