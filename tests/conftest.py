@@ -27,12 +27,18 @@ def flags(request):
     return request.config.getoption("--flags")
 
 
+@pytest.fixture(scope="session")
+def relkd_env():
+    """The environment of a process that a test starts."""
+    return {k: v for k, v in os.environ.items() if "COLOR" not in k} | {"OMP_NUM_THREADS": "1"}
+
+
 @pytest.fixture
-def relkd_cli():
+def relkd_cli(relkd_env):
     """Run the command line in a process of its own: relkd_cli('run', 'digits', ...) -> CompletedProcess."""
     import subprocess
 
-    env = {k: v for k, v in os.environ.items() if "COLOR" not in k} | {"OMP_NUM_THREADS": "1"}
+    env = relkd_env
 
     def call(*args, **kw):
         return subprocess.run([sys.executable, "-m", "relkd.cli", *map(str, args)], capture_output=True, text=True, env=env, cwd=ROOT, **kw)

@@ -1,55 +1,77 @@
-"""Run by test_runs.py under torchrun: train on shares of the batch, and leave what rank 0 ends with."""
+"""Run by test_processes.py under torchrun: train on shares of the batch, and leave what each process ends with."""
 import sys
+from pathlib import Path
 
 import torch
 from torch import nn
 
-from relkd.data import Batches, Episodes, load
-from relkd.distill import PAPER_ROWS, Row, Term
-from relkd.fewshot import EpisodeLearner, EpisodeSchedule, Trial
-from relkd.models import create
-from relkd.train import Learner, Schedule, fit, make_fabric
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from helpers import Tiny, few_digits, split_digits, toy                # noqa: E402
+from relkd.data import Batches, Episodes                               # noqa: E402
+from relkd.distill import PAPER_ROWS, RKD_A, RKD_D, Row, Term          # noqa: E402
+from relkd.tables.run import run                                       # noqa: E402
+from relkd.tasks.classify import Classify                              # noqa: E402
+from relkd.tasks.fewshot import FewShot                                # noqa: E402
+from relkd.train import Learner, Schedule, Session, WholeBatchNorm2d, fit, synchronised   # noqa: E402
 
 
-def net(seed):
-    "Without BN, whose statistics are those of a share."
-    with torch.random.fork_rng():
+def seeded(make, seed):
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return nn.Sequential(nn.Flatten(), nn.Linear(64, 24), nn.ReLU(), nn.Linear(24, 10))
+        return make()
 
 
-def train(epochs=2):
-    torch.set_num_threads(1)
-    fabric = make_fabric("cpu")
-    embedding = {"student": "2", "teacher": "fc:input"}
-    rows = [Row("RKD-DA", (Term("RKDDistance", 25., **embedding), Term("RKDAngle", 50., **embedding))), PAPER_ROWS[3], PAPER_ROWS[0]]
-    learners = [Learner(net(k), r, Schedule(epochs, 50, .02, milestones=(1,)), seed=k) for k, r in enumerate(rows)]
-    fit(learners, Batches(load("digits"), 50, 1, torch.arange(150)), epochs, create("resnet8", 10, 1, seed=9), fabric)
-    return fabric, learners
-
-
-def train_episodes(fabric=None):
-    "Digits as classes of a few-shot set; the embedding is the output of a network without BN, and without biases: Adam makes steps out of the rounding of gradients that are 0 (translation)."
-    d, plan = load("digits"), EpisodeSchedule(8, way=4, query=2, lr=1e-2, halve_every=4, epoch=4)
-    data = d.with_splits({"train": "012345", "val": "67", "test": "89"})
-
-    def embedding(seed):
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            return nn.Sequential(nn.Flatten(), nn.Linear(64, 16, bias=False), nn.Tanh(), nn.Linear(16, 8, bias=False))
-
-    rows = [Row("RKD-DA", (Term("RKDDistance", 25., "3", "3"), Term("RKDAngle", 50., "3", "3"))), Row("PKT", (Term("PKT", 30000., "3", "3"),)), Row("Student")]
-    learners = [EpisodeLearner(embedding(k), r, plan, Trial(2, 1, 3, 50), seed=k) for k, r in enumerate(rows)]
-    fit(learners, Episodes(data, "train", 4, 1, 2, seed=0, length=plan.epoch), plan.epochs, embedding(9), fabric)
+def classify(session):
+    "With batch norms; 48 samples a batch are 2 x 24 or 3 x 16."
+    nets = [synchronised(seeded(lambda: Tiny(10), k), session.fabric()) for k in range(3)]
+    rows = [Row("RKD-DA", (RKD_D, RKD_A)), PAPER_ROWS[3], PAPER_ROWS[0]]
+    learners = [Learner(n, r, Schedule(2, 48, .02, milestones=(1,)), seed=k, task=Classify()) for k, (n, r) in enumerate(zip(nets, rows))]
+    fit(learners, Batches(few_digits(), 48, 1), 2, seeded(lambda: Tiny(10), 9), session)
     return learners
 
 
+def few_shot(session):
+    "Episodes of 12 images; SGD, since Adam makes steps out of the rounding of gradients that are 0."
+    task = FewShot(shot=1, way=4, query=2, length=4, ways=(2,), test_query=3, test_episodes=40)
+    nets = [synchronised(seeded(lambda: Tiny(None), k), session.fabric()) for k in range(3)]
+    rows = [Row("RKD-DA", (RKD_D, RKD_A)), Row("PKT", (Term("PKT", 30000.),)), Row("Student")]
+    learners = [Learner(n, r, Schedule(2, None, .01, milestones=(1,)), seed=k, task=task) for k, (n, r) in enumerate(zip(nets, rows))]
+    fit(learners, Episodes(split_digits(), "train", 4, 1, 2, seed=0, length=4), 2, seeded(lambda: Tiny(None), 9), session)
+    return learners
+
+
+def norms(rank, processes):
+    "One batch norm on this process's share of a batch: output, gradients, statistics."
+    g = torch.Generator().manual_seed(0)
+    x, up = (torch.randn(12, 3, 4, 5, generator=g) * 3 + 100 for _ in range(2))
+    found = []
+    for options in ({}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}):
+        bn, mine = WholeBatchNorm2d(3, **options), x[rank::processes].clone().requires_grad_()
+        for _ in range(2):
+            out = bn(mine)
+        (out * up[rank::processes]).sum().backward()
+        found.append([out.detach(), mine.grad, *(p.grad for p in bn.parameters()), *bn.buffers(), bn.eval()(mine).detach()])
+    return found
+
+
 def kept(learners):
-    return [{"model": l.model.state_dict(), "epochs": l.epochs, "optimiser": [x for v in l.optimiser.state_dict()["state"].values() for k, x in v.items() if k in ("momentum_buffer", "exp_avg")]} for l in learners]
+    def state(l):
+        return [x for v in l.optimiser.state_dict()["state"].values() for k, x in v.items() if k == "momentum_buffer"]
+
+    return [{"model": l.model.state_dict(), "epochs": l.epochs, "optimiser": state(l)} for l in learners]
+
+
+def refused(session):
+    try:
+        return synchronised(nn.Sequential(nn.BatchNorm1d(3)), session.fabric()) and ""
+    except ValueError as error:
+        return str(error)
 
 
 if __name__ == "__main__":
-    fabric, learners = train()
-    of_episodes = train_episodes(fabric)
-    if fabric.is_global_zero:
-        torch.save([kept(learners), kept(of_episodes)], sys.argv[1])
+    torch.set_num_threads(1)
+    session = Session(sys.argv[1] + "/out", "cpu")
+    fabric = session.fabric()
+    made = {"classify": kept(classify(session)), "few-shot": kept(few_shot(session)), "refused": refused(session), "norms": norms(fabric.global_rank, fabric.world_size)}
+    made["records"] = run(toy(schedule=Schedule(2, 24, .05, milestones=(1,)), teacher_schedule=Schedule(1, 48, .05)), session)
+    torch.save(made, f"{sys.argv[1]}/{fabric.global_rank}.pt")

@@ -1,13 +1,10 @@
-"""Weights in files: what is published is what is read, in parts, checked; a teacher from anybody's file; and what a recipe publishes."""
+"""Weights in files: what is published is what is read, in parts, checked; and a teacher from anybody's file."""
 import argparse
 import hashlib
 import json
 import os
 import re
-import shutil
-import sys
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +14,8 @@ from safetensors.torch import load as from_bytes
 from safetensors.torch import save as as_bytes
 
 import relkd
-from relkd.data import load as load_data
 from relkd.models import create, load, load_into, manifest, read_weights, rounded, save, weights_hash
 from relkd.models.published import _groups
-from relkd.recipes import publish, recipe, run
-from relkd.train import evaluate
 
 NAME, SMALL = "digits/resnet8x0.5", ("resnet8x0.5", 10, 1)
 
@@ -443,120 +437,3 @@ def test_a_file_that_is_no_teacher_changes_nothing(tmp_path, make, message):
     said = one_line(lambda: load_into(net, path))
     assert re.search(message, said) and str(path) in said and len(said) < 400
     assert weights_hash(net.state_dict()) == before and not (tmp_path / "executed").exists()
-
-
-# --- what a recipe publishes
-
-TINY = recipe("digits").reduced(rows=["RKD-D", "HKD"], seeds=[1, 0], epochs=6)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("out")
-    return out, run(TINY, out, "cpu")
-
-
-def test_the_teacher_and_the_best_row_of_the_first_seed_are_published(finished, tmp_path):
-    out, records = finished
-    made = publish(TINY, out, tmp_path, device="cpu")
-    mean = {row: sum(r["last"] for r in records if r["row"] == row) / 2 for row in ("RKD-D", "HKD")}
-    best, data = max(mean, key=mean.get), load_data("digits")
-    assert [m["name"] for m in made] == ["digits/resnet14", "digits/resnet8x0.5"] and made == [manifest(m["name"], tmp_path) for m in made]
-    for m, row in zip(made, ("Teacher", best)):
-        a, r = m["about"], next(r for r in records if r["row"] == row and r["seed"] == 1)
-        assert (a["row"], a["seed"], a["recipe"], a["data"], a["fingerprint"]) == (row, 1, "digits-6epochs", "digits", data.fingerprint)
-        assert a["accuracy"] == r["last"] == a["record"]["accuracy"] and abs(a["accuracy_float16"] - a["accuracy"]) < 1
-        assert evaluate(load(m["name"], tmp_path), data) == a["accuracy_float16"], "the file has the accuracy that the manifest states"
-        path = out / a["record"]["path"]
-        assert json.loads(path.read_text()) == r and a["record"]["run"] == r["run"] and a["record"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-        assert a["class_names"] == [str(k) for k in range(10)] and a["test_images"] == 797 and a["epochs"] == len(r["epochs"])
-        x, i = data.test_images[:7], a["input"]
-        mean_, std = (torch.tensor(i[k])[:, None, None] for k in ("mean", "std"))
-        assert list(x.shape[1:]) == i["shape"] and ((x.float() / 255 - mean_) / std).equal(data.normalise(x)), "the manifest tells what to feed"
-        assert str(out) not in json.dumps(m)
-    assert f"({mean[best]:.2f} %) of RKD-D, HKD over seeds 1, 0" in made[1]["about"]["chosen"] and "chosen" not in made[0]["about"]
-
-
-def test_weights_of_another_recipe_are_not_replaced(finished, tmp_path):
-    about = {"recipe": "digits/losses"}
-    save(create("resnet8x0.5", 10, 1), "digits/resnet8x0.5", "resnet8x0.5", 10, 1, tmp_path, about=about)
-    with pytest.raises(ValueError, match="digits/resnet8x0.5 in .* is of recipe digits/losses: name another folder with --weights, or remove it"):
-        publish(TINY, finished[0], tmp_path, device="cpu")
-    assert manifest("digits/resnet8x0.5", tmp_path)["about"] == about and len(files(tmp_path)) == 2, "the teacher is not written either"
-
-
-def test_fewer_rows_and_seeds_can_be_published_and_the_plain_student_never(finished, tmp_path):
-    out, records = finished
-    for row in ("RKD-D", "HKD"):
-        made = publish(TINY.reduced(rows=[row], seeds=[0]), out, tmp_path, device="cpu")
-        assert [(m["about"]["row"], m["about"]["seed"]) for m in made] == [("Teacher", 0), (row, 0)]
-
-
-def test_one_teacher_for_all_seeds_and_weights_trained_on_a_gpu(tmp_path, monkeypatch):
-    """The record says bf16; the publisher is a CPU."""
-    together = replace(recipe("digits").reduced(rows=["RKD-D"], seeds=[3], epochs=1), together=True)
-    monkeypatch.setattr("relkd.recipes._precision", lambda device: "bf16-mixed")
-    run(together, tmp_path, "cpu")
-    monkeypatch.undo()
-    made = publish(together, tmp_path, tmp_path / "w", device="cpu")
-    assert [(m["about"]["row"], m["about"]["seed"]) for m in made] == [("Teacher", 0), ("RKD-D", 3)]
-
-
-def copy_of(finished, tmp_path):
-    return Path(shutil.copytree(finished[0], tmp_path / "copy"))
-
-
-def test_what_is_missing_is_said_and_what_to_do(finished, tmp_path):
-    out, to = copy_of(finished, tmp_path), tmp_path / "w"
-    call = lambda r=TINY: one_line(lambda: publish(r, out, to, device="cpu"))  # noqa: E731
-    record = out / "records" / "digits-6epochs" / "rkd-d-seed0.json"
-    text = record.read_text()
-    record.unlink()
-    assert "1 of 5 are not in" in call() and "(RKD-D seed 0): run `relkd run digits --epochs 6` first" in call()
-    record.write_text(text.replace(json.loads(text)["run"], "0" * 12))
-    assert "1 of 5 are not in" in call() and "or of another protocol (RKD-D seed 0)" in call()
-    record.write_text(text)
-    for path in (out / ".runs" / "digits-6epochs").glob("teacher-seed1-*"):
-        path.unlink()
-    assert call().startswith("the weights of Teacher seed 1 of digits-6epochs are not in") and "run `relkd run digits --epochs 6` first" in call()
-    assert one_line(lambda: publish(TINY, tmp_path / "empty", to, device="cpu")).count("seed") == 3
-    assert "5 of 5 are not in" in one_line(lambda: publish(TINY, tmp_path / "empty", to, device="cpu"))
-    assert not files(to) and not to.exists()
-
-
-def test_weights_and_record_must_be_of_one_run(finished, tmp_path):
-    out = copy_of(finished, tmp_path)
-    record = out / "records" / "digits-6epochs" / "teacher-seed1.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"last": 99.9}))
-    assert "the record of Teacher seed 1 of digits-6epochs in" in one_line(lambda: publish(TINY, out, tmp_path / "w", device="cpu"))
-    run(TINY, out, "cpu")
-    publish(TINY, out, tmp_path / "w", device="cpu")
-
-
-@pytest.mark.parametrize("wrong, message", [
-    (recipe("omniglot/cpu"), "a classification recipe can be published; omniglot/cpu is a few-shot recipe"),
-    (replace(TINY, rows=TINY.rows[:1]), "digits-6epochs has no distilled row to publish"),
-    (replace(TINY, student="resnet14"), "teacher and student of digits-6epochs are both resnet14"),
-])
-def test_recipes_that_cannot_be_published(tmp_path, wrong, message):
-    assert message in one_line(lambda: publish(wrong, tmp_path, tmp_path / "w", device="cpu"))
-
-
-def test_the_command_prints_one_line_a_network(finished, tmp_path, monkeypatch, capsys):
-    from relkd.cli import main
-
-    def relkd_(*args):
-        monkeypatch.setattr(sys, "argv", ["relkd", "publish", *map(str, args)])
-        with pytest.raises(SystemExit) as left:
-            main()
-        return left.value.code, capsys.readouterr()
-
-    code, said = relkd_("digits", "--epochs", 6, "--rows", "RKD-D,HKD", "--seeds", "1", "--out", finished[0], "--weights", tmp_path, "--device", "cpu")
-    made = [manifest(n, tmp_path) for n in ("digits/resnet14", "digits/resnet8x0.5")]
-    lines = said.out.splitlines()
-    assert not code and len(lines) == 2 and said.err == ""
-    for line, m in zip(lines, made):
-        a = m["about"]
-        assert line.split()[0] == m["name"] and f"{a['accuracy']:.2f} % in float32, {a['accuracy_float16']:.2f} % in float16, {m['bytes']:,} bytes in 1 part ({a['row']}, seed 1)" in line
-    code, said = relkd_("digits", "--out", tmp_path, "--weights", tmp_path)
-    assert code == 2 and said.out == "" and said.err.count("\n") == 1 and "run `relkd run digits` first" in said.err

@@ -1,0 +1,114 @@
+"""Several processes do what one would do with the whole batch, batch norms included, whatever the task; every process ends with the same."""
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ddp_worker
+from helpers import Tiny, few_digits, same
+from relkd.data import Batches
+from relkd.distill import PAPER_ROWS
+from relkd.records import load_records
+from relkd.train import Learner, Schedule, Session, WholeBatchNorm2d, fit, share, synchronised
+from relkd.train.processes import asked_by_any, average_gradients, gathered
+
+HERE = Path(__file__).resolve().parent
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def several(request, tmp_path_factory, relkd_env):
+    at, n = tmp_path_factory.mktemp(f"processes{request.param}"), request.param
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(HERE / "ddp_worker.py"), str(at)]
+    done = subprocess.run(command, env=relkd_env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return n, at, [torch.load(at / f"{rank}.pt", weights_only=True) for rank in range(n)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    session = Session(device="cpu")
+    return {"classify": ddp_worker.kept(ddp_worker.classify(session)), "few-shot": ddp_worker.kept(ddp_worker.few_shot(session))}
+
+
+@pytest.mark.parametrize("task", ["classify", "few-shot"])
+def test_they_train_like_one_with_the_whole_batch(several, alone, task):
+    n, _, ranks = several
+    for one, of in zip(alone[task], ranks[0][task], strict=True):
+        assert of["epochs"][0]["loss"] == pytest.approx(one["epochs"][0]["loss"], rel=1e-3)
+        assert [e["loss"] for e in of["epochs"]] == pytest.approx([e["loss"] for e in one["epochs"]], rel=1e-2)
+        for name, x in one["model"].items():
+            torch.testing.assert_close(of["model"][name], x, rtol=1e-2, atol=1e-3, msg=lambda m: f"{n} processes, {name}: {m}")
+
+
+@pytest.mark.parametrize("task", ["classify", "few-shot"])
+def test_every_process_ends_with_equal_weights_buffers_and_figures(several, task):
+    for other in several[2][1:]:
+        for a, b in zip(several[2][0][task], other[task], strict=True):
+            assert a["model"].keys() == b["model"].keys() and all(v.equal(b["model"][k]) for k, v in a["model"].items())
+            assert a["epochs"] == b["epochs"] and all(x.equal(y) for x, y in zip(a["optimiser"], b["optimiser"], strict=True))
+
+
+def test_a_batch_norm_over_all_processes_is_one_over_the_whole_batch(several):
+    n, _, ranks = several
+    g = torch.Generator().manual_seed(0)
+    x, up = (torch.randn(12, 3, 4, 5, generator=g) * 3 + 100 for _ in range(2))
+    for k, options in enumerate(({}, {"momentum": None}, {"affine": False}, {"track_running_stats": False})):
+        bn, whole = torch.nn.BatchNorm2d(3, **options), x.clone().requires_grad_()
+        for _ in range(2):
+            out = bn(whole)
+        (out * up).sum().backward()
+        tests = bn.eval()(whole).detach()
+        for rank, found in enumerate(r["norms"][k] for r in ranks):
+            parts = [out.detach()[rank::n], whole.grad[rank::n]]
+            for got, want in zip(found, parts):
+                torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-3)
+            for got, want in zip(found[2 + 2 * bn.affine:], bn.buffers()):
+                torch.testing.assert_close(got, want)
+            if bn.track_running_stats:
+                torch.testing.assert_close(found[-1], tests[rank::n], rtol=1e-4, atol=1e-4)
+        for p, of_ranks in zip((bn.weight, bn.bias) if bn.affine else (), zip(*(r["norms"][k][2:4] for r in ranks))):
+            torch.testing.assert_close(sum(of_ranks), p.grad, rtol=1e-3, atol=1e-2)
+
+
+def test_a_run_of_several_processes_is_one_run(several):
+    n, at, ranks = several
+    on_disk = load_records(at / "out", "toy")
+    assert len(on_disk) == 4 and all(r["processes"] == n for r in on_disk)
+    for r in ranks:
+        assert sorted(({k: v for k, v in x.items() if k not in ("seconds", "images_per_second")} for x in r["records"]), key=lambda x: x["row"]) == \
+               sorted(({k: v for k, v in x.items() if k not in ("seconds", "images_per_second")} for x in on_disk), key=lambda x: x["row"])
+    assert not list((at / "out").rglob("group-*"))
+
+
+def test_a_batch_norm_that_cannot_be_synchronised_is_said(several):
+    n, _, ranks = several
+    assert ranks[0]["refused"] == f"layer '0' is a BatchNorm1d: on a CPU in {n} processes only BatchNorm2d is synchronised; use one process, or a GPU"
+
+
+class Few:
+    """A Fabric of so many processes, as far as it is asked before training."""
+    def __init__(self, n):
+        self.world_size, self.global_rank, self.device = n, 0, torch.device("cpu")
+
+
+def test_a_batch_that_cannot_be_shared_is_said():
+    session = Session(device="cpu")
+    session.fabric()
+    session._fabric = Few(3)
+    l = Learner(Tiny(10), PAPER_ROWS[0], Schedule(1, 25))
+    with pytest.raises(ValueError, match="^3 processes cannot share a batch of 25 evenly: choose a multiple$"):
+        fit([l], Batches(few_digits(), 25, 0), 1, session=session)
+
+
+def test_one_process_changes_nothing():
+    net = Tiny(10)
+    x, fabric = torch.randn(6, 1, 8, 8), Session(device="cpu").fabric()
+    assert synchronised(net, fabric) is net and type(net.bn) is torch.nn.BatchNorm2d and share(fabric, x).equal(x)
+    features = {"a": x}
+    assert gathered(fabric, features) is features and asked_by_any(fabric, True, False) == (True, False) and average_gradients(fabric, None) is None
+    whole = Tiny(10)
+    whole.load_state_dict(net.state_dict())
+    whole.bn.__class__ = WholeBatchNorm2d
+    assert whole(x).equal(net(x)) and same(whole.bn, net.bn)
