@@ -31,7 +31,7 @@ $(READY): settings.ini setup.py
 	   rm -f .git/hooks/post-merge.old .gitconfig.old; fi
 	@touch $@
 
-demo: $(READY)  ## teach students on real digits: table, figure and one record a run, in figures/
+demo: $(READY)  ## teach students on real digits, each row beside the committed one; writes to .demo/
 	@$(BIN)/relkd demo
 
 test: $(READY)  ## what CI runs: notebooks in step and clean, every notebook executes, tests/
@@ -56,4 +56,4 @@ readme: $(READY)  ## write README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/readme.py
 
 clean:  ## remove caches and unfinished runs, not .venv and no record
-	@rm -rf figures/.runs .pytest_cache .hypothesis build *.egg-info; find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	@rm -rf figures/.runs .demo .pytest_cache .hypothesis build *.egg-info; find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

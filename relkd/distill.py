@@ -22,7 +22,7 @@ from .tasks.task import Task
 # %% ../nbs/lab/03_distill.ipynb #e17a2f8a
 @dataclass(frozen=True)
 class Term:
-    "One summand of a method: `weight` times a loss between a layer of the student and a layer of the teacher. Raises ValueError for an unknown loss."
+    "One summand of a method: `weight` times a loss between two layers. Raises ValueError for an unknown loss."
     loss:object             # name in relkd.losses ('RKDAngle'), or a class, or a function of (student, teacher)
     weight:float=1.         # of this term
     student:str='fc:input'  # layer of the student, or a tuple of layers
@@ -197,7 +197,7 @@ def starting_weights(
     share:float=1.,    # how hard each term shall pull, in units of the cross-entropy's pull
     seed:int=0,        # of the losses' own parameters
 ) -> list: # of Term with the weight of equal pull; infinite for one without a gradient
-    "Weights to start a search from: each term's gradient has `share` times the norm of the cross-entropy's, on the student's parameters at the start."
+    "Weights to start a search from: each term pulls `share` times as hard as the cross-entropy on the student's parameters."
     objectives = [Objective(Row(str(t), (replace(t, weight=1.),), task=0.)) for t in terms]
     student, modes = copy.deepcopy(student).train(), [(m, m.training) for m in teacher.modules()]
     read = Features(student, _all(o.student_layers for o in objectives))

@@ -17,14 +17,14 @@ from .ground import write_atomically
 from .relations import pdist
 from .tasks.fewshot import episode_logits
 
-# %% ../nbs/lab/35_plots.ipynb #89a3d6c7
+# %% ../nbs/lab/35_plots.ipynb #ad52bd53
 def _colours(rows):
     import seaborn as sns
     return dict(zip(rows, sns.color_palette('deep', max(len(rows), 1))))
 
-def _plain(ax, x=True):
+def _plain(ax, grid='0.92'):
     import seaborn as sns
-    ax.grid(axis='x', color='0.92')
+    ax.grid(axis='x', color=grid)
     ax.set_axisbelow(True)
     sns.despine(ax=ax, left=True)
     ax.tick_params(axis='y', length=0)
@@ -37,13 +37,13 @@ def _by_row(records, test):
             found.setdefault(r['row'], {})[r['seed']] = r['tests'][test]['accuracy']
     return found
 
-def _titled(fig, title, width):
+def _titled(fig, title, width, fontsize=10):
     if title:
-        fig.suptitle('\n'.join(fill(line, width) for line in title.splitlines()), fontsize=10)
+        fig.suptitle('\n'.join(fill(line, width) for line in title.splitlines()), fontsize=fontsize)
     fig.set_layout_engine('tight')
     return fig
 
-# %% ../nbs/lab/35_plots.ipynb #56a4fc06
+# %% ../nbs/lab/35_plots.ipynb #098f2e8b
 MARK = {'fmt': 'D', 'ms': 6, 'mec': 'black', 'ecolor': 'black', 'capsize': 3, 'zorder': 5}
 
 def _runs(records, frame, base, title):
@@ -71,8 +71,8 @@ def _runs(records, frame, base, title):
     left.set_xlabel('test accuracy, last epoch (%)\ndots: seeds; bar: standard deviation')
     right.set_xlabel(f'difference to {base} of the same seed (points)\nbar: 95 % interval of the mean')
     for ax in (left, right):
-        _plain(ax)
-    return _titled(fig, title, 110)
+        _plain(ax, '0.9')
+    return _titled(fig, title, 110, 11)
 
 # %% ../nbs/lab/35_plots.ipynb #d047ad37
 def _one_test(ax, rows, frame, last, base, colours):

@@ -24,8 +24,8 @@ from .source import Source, data_root, download
 from .streams import Batches, Stream, few_per_class
 from .tinyimagenet import TINYIMAGENET
 
-_all_ = ['PLAIN', 'read_plain', 'colour_jitter', 'flip', 'pad_crop', 'rotate', 'SOURCES', 'check_name', 'fetch', 'inventory', 'load',
-         'CIFAR10', 'CIFAR100', 'CIFAR_FS', 'CLASSES', 'FC100', 'HELD_OUT', 'SUPERCLASSES', 'digits',
-         'ByClass', 'ClassBalanced', 'Episodes', 'by_class', 'check_episodes', 'draw_episodes', 'episode_labels',
-         'MINIIMAGENET', 'OMNIGLOT', 'area_resize', 'nearest_resize', 'Dataset', 'joined', 'Source', 'data_root', 'download',
-         'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET']
+_all_ = ['PLAIN', 'read_plain', 'colour_jitter', 'flip', 'pad_crop', 'rotate', 'SOURCES', 'check_name', 'fetch',
+         'inventory', 'load', 'CIFAR10', 'CIFAR100', 'CIFAR_FS', 'CLASSES', 'FC100', 'HELD_OUT', 'SUPERCLASSES',
+         'digits', 'ByClass', 'ClassBalanced', 'Episodes', 'by_class', 'check_episodes', 'draw_episodes',
+         'episode_labels', 'MINIIMAGENET', 'OMNIGLOT', 'area_resize', 'nearest_resize', 'Dataset', 'joined', 'Source',
+         'data_root', 'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET']

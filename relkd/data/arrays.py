@@ -76,12 +76,12 @@ def write_csv(path, columns, rows):
     with open(path, 'w', newline='', encoding='utf-8') as f:
         csv.writer(f).writerows([columns, *rows])
 
-# %% ../../nbs/data/05_arrays.ipynb #6f6c1da7
+# %% ../../nbs/data/05_arrays.ipynb #8a6e4326
 @contextmanager
 def whole_folder(
     folder, # that is to be made
 ): # a folder to write into
-    "What is written becomes `folder` when all went well, and vanishes otherwise. Raises ValueError if it cannot be written."
+    "What is written becomes `folder` when all went well, else vanishes. Raises ValueError if it cannot be written."
     folder, part = Path(folder), None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

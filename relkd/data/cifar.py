@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['SUPERCLASSES', 'CLASSES', 'CIFAR10', 'CIFAR100', 'HELD_OUT', 'CIFAR_FS', 'FC100', 'few_shot_splits']
 
-# %% ../../nbs/data/08_cifar.ipynb #f03776a5
+# %% ../../nbs/data/08_cifar.ipynb #de726786
 from dataclasses import replace
 from functools import partial
 
 import torch
 
 from .arrays import check_order, nchw, plain_place, read_plain
-from .sets import Dataset, held_out_splits, joined
+from .sets import Dataset, joined
 from .source import Source, fetch_torchvision
+from .splits import held_out_splits
 
 # %% ../../nbs/data/08_cifar.ipynb #448c8638
 SUPERCLASSES = {  # CIFAR-100's 20 groups of 5
@@ -67,7 +68,8 @@ def _get(name, root, progress):
 def _cifar(name, folder, files):
     plain = plain_place(name, partial(read_plain, due=CLASSES[name]))
     unpacked = f'{folder}/', tuple(f'{folder}/{f}' for f in files), _read_torchvision
-    return Source(name, (plain, unpacked), f"`relkd data get {name}` fetches it", partial(_get, name))
+    how = f'`relkd data get {name}` fetches it'
+    return Source(name, (plain, unpacked), how, partial(_get, name))
 
 _TEN = (*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch', 'batches.meta')
 CIFAR10 = _cifar('cifar10', 'cifar-10-batches-py', _TEN)

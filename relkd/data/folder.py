@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KINDS', 'own_source', 'own_names']
 
-# %% ../../nbs/data/12_folder.ipynb #a7be5675
+# %% ../../nbs/data/12_folder.ipynb #04dc79e3
 import json
 import os
 from dataclasses import replace
@@ -16,8 +16,9 @@ from PIL import Image
 
 from .arrays import PLAIN, image_array, label_array, listed_classes, nchw, plain_place
 from .images import decode
-from .sets import Dataset, class_numbers
+from .sets import Dataset
 from .source import Source
+from .splits import class_numbers
 
 # %% ../../nbs/data/12_folder.ipynb #2dc28657
 def _split_file(path): # split -> names or numbers of classes
@@ -26,7 +27,8 @@ def _split_file(path): # split -> names or numbers of classes
         raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): write it again") from error
     whole = isinstance(splits, dict) and all(isinstance(part, list) for part in splits.values())
     if not whole or any(type(c) not in (str, int) for part in splits.values() for c in part):
-        raise ValueError(f'{path} must hold lists of class names or numbers: {{"train": [...], "val": [...], "test": [...]}}')
+        raise ValueError(f'{path} must hold lists of class names or numbers: '
+                         '{"train": [...], "val": [...], "test": [...]}')
     return splits
 
 def _read_split_arrays(root, name):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HELD_OUT_ALPHABETS', 'SUBSETS', 'OMNIGLOT', 'area_resize', 'nearest_resize']
 
-# %% ../../nbs/data/10_omniglot.ipynb #6eff56ae
+# %% ../../nbs/data/10_omniglot.ipynb #94a193ca
 import re
 from functools import partial
 
@@ -14,8 +14,9 @@ import torch
 
 from .arrays import label_array, read_csv, read_npy, whole_folder, write_csv
 from .images import decode, open_zip
-from .sets import Dataset, held_out_splits, rounded_like
+from .sets import Dataset, rounded_like
 from .source import Source, fetch_torchvision
+from .splits import held_out_splits
 
 # %% ../../nbs/data/10_omniglot.ipynb #55dc8d1e
 def area_resize(

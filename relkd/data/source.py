@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['data_root', 'Source', 'download', 'fetch_torchvision']
 
-# %% ../../nbs/data/06_source.ipynb #6d38469e
+# %% ../../nbs/data/06_source.ipynb #1bc4fde2
 import logging
 import os
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,9 +73,11 @@ def download(
     progress:bool=False, # show a bar
 ) -> Path:
     "Download a file unless it is there. Raises ValueError if that cannot be done, or if it is another file."
-    import pooch
     path = Path(path)
     if path.exists(): return path
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')                 # its progress bar would like widgets
+        import pooch
     pooch.get_logger().setLevel(logging.WARNING)
     get = pooch.HTTPDownloader(progressbar=progress, timeout=60)
     try:

@@ -6,8 +6,6 @@
 __all__ = ['available', 'cube']
 
 # %% ../../nbs/losses/22_angle_triton.ipynb #5d999e28
-import os
-
 import torch
 try:
     import triton
@@ -16,7 +14,7 @@ except ImportError: triton = None
 
 # %% ../../nbs/losses/22_angle_triton.ipynb #4d55e63b
 def available() -> bool:
-    "Is Triton here? On a CPU only its interpreter runs the kernel (TRITON_INTERPRET=1)."
+    "Is Triton here? On a CPU only its interpreter runs the kernel: a process with TRITON_INTERPRET=1 before Triton's import."
     return triton is not None
 
 if triton is not None:

@@ -9,7 +9,7 @@ __all__ = ['flow_matrix', 'FSP']
 import torch
 import torch.nn.functional as F
 
-from .contract import DistillationLoss
+from .contract import DistillationLoss, without_graph
 from ..relations import full_precision
 
 # %% ../../nbs/losses/10_fsp.ipynb #9522d2f8
@@ -71,6 +71,6 @@ class FSP(DistillationLoss):
         for k, ((_, a), (_, b)) in enumerate(zip(*sizes)):
             if a != b: raise ValueError(f"FSP needs as many channels in the student as in the teacher, layer by layer; got {a} and {b} in layer {k}: choose other layers, or a loss with a regressor")
         dtype = torch.float64 if any(f.dtype == torch.float64 for maps in layers for f in maps) else torch.float32
-        return [f.to(dtype) for f in layers[0]], [f.detach().to(dtype) for f in layers[1]]
+        return [f.to(dtype) for f in layers[0]], [without_graph(f).to(dtype) for f in layers[1]]
 
     def extra_repr(self): return f'pairs={self.pairs}, weights={self.weights}, pool={self.pool!r}, reduction={self.reduction!r}'

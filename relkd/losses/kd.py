@@ -9,7 +9,7 @@ __all__ = ['KD']
 import torch
 import torch.nn.functional as F
 
-from .contract import DistillationLoss
+from .contract import DistillationLoss, without_graph
 from ..relations import full_precision
 
 # %% ../../nbs/losses/01_kd.ipynb #6044967c
@@ -33,7 +33,7 @@ class KD(DistillationLoss):
                                  + (f", {z.dtype}" if isinstance(z, torch.Tensor) else ""))
         if student.shape != teacher.shape or not student.shape[0]:
             raise ValueError(f"KD needs logits of the same samples and classes, at least one; got {tuple(student.shape)} and {tuple(teacher.shape)}")
-        student, teacher = (z.float() if z.dtype.itemsize < 4 else z for z in (student, teacher.detach()))
+        student, teacher = (z.float() if z.dtype.itemsize < 4 else z for z in (student, without_graph(teacher)))
         with full_precision(student):
             return self.T**2 * F.kl_div(F.log_softmax(student / self.T, 1), F.log_softmax(teacher / self.T, 1), reduction='batchmean', log_target=True)
 

@@ -121,10 +121,10 @@ def read_weights(
         beginning = f' that begins with {prefix!r}' if prefix else ''
         raise ValueError(f"{path} holds no tensors by name{beginning}: save net.state_dict()")
     for n, t in tensors.items():
-        if t.is_floating_point() and not t.isfinite().all():
-            raise ValueError(f"{path} is of a network that diverged: {n} holds {t[~t.isfinite()][0].item()}")
-        if t.dtype in (torch.float16, torch.bfloat16):
-            tensors[n] = t.float()
+        if t.is_floating_point():
+            tensors[n] = t = t.float() if t.element_size() < 4 else t
+            if not t.isfinite().all():
+                raise ValueError(f"{path} is of a network that diverged: {n} holds {t[~t.isfinite()][0].item()}")
     return tensors
 
 # %% ../../nbs/lab/01_weights.ipynb #1c416e17

@@ -75,7 +75,8 @@ omniglot_cpu = replace(
     schedule=halved_adam(epochs=10, every=2),
     eval_every=5,
     precision=None,
-    cut='omniglot/paper with 20-way instead of 60-way training, 1,000 of 10,000 training episodes (halvings squeezed along), 4 of 8 rows',
+    cut='omniglot/paper with 20-way instead of 60-way training, 1,000 of 10,000 training episodes '
+        '(halvings squeezed along), 4 of 8 rows',
 )
 
 # %% ../../nbs/tables/03_omniglot.ipynb #03a10008

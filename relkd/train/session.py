@@ -70,8 +70,8 @@ def make_fabric(
     several = {'devices': local, 'num_nodes': world // local, 'strategy': 'ddp'} if world > 1 else {'devices': 1}
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        for name in ('lightning.fabric', 'lightning.fabric.utilities.rank_zero'):
-            logging.getLogger(name).setLevel(logging.ERROR)
+        for name in ('fabric', 'fabric.utilities.rank_zero', 'pytorch.utilities.rank_zero'):
+            logging.getLogger(f'lightning.{name}').setLevel(logging.ERROR)
         from lightning.fabric import Fabric
         fabric = Fabric(accelerator=device, precision=precision, **several)
         fabric.launch()

@@ -1,36 +1,21 @@
-"""NST and CRD: values and gradients of other code, what they ignore, memories, precision, errors."""
+"""CRD: values and gradients of other code, memories, negatives."""
+from functools import partial
 import copy
 import math
 
+from hypothesis import given
+from hypothesis import strategies as st
 import pytest
+from torch import nn
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import nn
 
-from helpers import assert_same, DTYPES, gen, value_and_gradients
-from relkd.losses.at import AT
+from helpers import assert_same, assert_says, DTYPES, gen, made, many, value_and_gradients
 from relkd.losses.crd import CRD, contrast
-from relkd.losses.nst import NST, selectivity
+from relkd.losses.nst import NST
 
-many = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+crd = partial(made, CRD)
 TOLERANCES = [(torch.float32, 5e-6), (torch.float64, 1e-12)]
-
-
-def crd(*sizes, seed=0, dtype=torch.float32, **options):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return CRD(*sizes, **options).to(dtype)
-
-
-# ---- NST
-
-def usual_nst(s, t, kernel=lambda d: d.pow(2)):
-    """As circulating code has it: every product of every pair of channels."""
-    x, y = (F.normalize(f.flatten(2), dim=2) for f in (s, t))
-    k = lambda a, b: kernel((a[:, None] * b[:, :, None]).sum(-1)).mean()
-    return k(x, x) + k(y, y) - 2 * k(x, y)
 
 
 @st.composite
@@ -40,57 +25,7 @@ def maps(draw, same_size=True):
     g, size = gen(draw(st.integers(0, 10**6))), 10 ** draw(st.floats(-2, 2))
     return torch.randn(n, cs, h, w, generator=g, dtype=torch.float64) * size, torch.randn(n, ct, ht, wt, generator=g, dtype=torch.float64)
 
-
 KERNELS = [NST(), NST("linear"), NST("gaussian"), NST("gaussian", sigma2=.7), NST(degree=3, c=.5)]
-kernels = pytest.mark.parametrize("loss", KERNELS, ids=["polynomial", "linear", "gaussian", "gaussian, fixed width", "cubic"])
-
-
-@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
-@pytest.mark.parametrize("cs, ct, side", [(3, 5, 2), (16, 24, 3), (3, 5, 7)])
-def test_nst_is_the_usual_code(dtype, tolerance, cs, ct, side):
-    s, t = torch.randn(4, cs, side, side, generator=gen(0), dtype=dtype), torch.randn(4, ct, side, side, generator=gen(1), dtype=dtype)
-    for loss, kernel in ((NST(), lambda d: d**2), (NST("linear"), lambda d: d), (NST(degree=3, c=.5), lambda d: (d + .5)**3),
-                         (NST("gaussian", sigma2=.7), lambda d: ((d - 1) / .7).exp())):
-        assert_same(value_and_gradients(lambda s: loss(s, t), s), value_and_gradients(lambda s: usual_nst(s, t, kernel), s), 10 * tolerance)
-
-
-def test_torchdistill_has_no_nst():
-    """Hence the comparison with the usual lines above."""
-    import torchdistill.losses.mid_level as theirs
-
-    assert not [n for n in dir(theirs) if "nst" in n.lower().split("loss") or "selectivity" in n.lower()]
-
-
-def test_nst_worked_on_paper():
-    t, s = torch.tensor([[[[3., 4.]], [[0., 2.]]]]), torch.tensor([[[[5., 0.]]]])
-    width = 1.4                                                         # the mean of .8 and 2
-    gaussian = 1 + (1 + math.exp(-.4 / 2 / width)) / 2 - math.exp(-.8 / 2 / width) - math.exp(-2 / 2 / width)
-    for loss, value in ((NST(), 1.46), (NST("linear"), 1.3), (NST("gaussian"), gaussian), (NST(teacher_term=False), .64)):
-        assert loss(s, t).item() == pytest.approx(value, rel=1e-6)
-
-
-@kernels
-@many
-@given(pair=maps(), scale=st.floats(1e-2, 1e2))
-def test_nst_is_blind_to_order_number_and_scale_of_channels_and_to_common_moves(loss, pair, scale):
-    s, t = pair
-    base, g, c = loss(s, t), gen(s.shape[1]), s.shape[1]
-    order, sizes = torch.randperm(s[0, 0].numel(), generator=g), scale * torch.rand(c, 1, 1, generator=g, dtype=s.dtype) + scale
-    move = lambda f: f.flatten(2)[:, :, order].view_as(f)
-    for a, b in ((s[:, torch.randperm(c, generator=g)], t), (torch.cat([s, s], 1), t), (sizes * s, t), (s, scale * t), (move(s), move(t))):
-        torch.testing.assert_close(loss(a, b), base, rtol=1e-8, atol=1e-12)
-    assert base >= -1e-12 and loss(t, t).abs() < 1e-12 and loss(torch.cat([t, t.flip(1)], 1), t).abs() < 1e-12
-
-
-@many
-@given(maps(), st.integers(0, 10**6))
-def test_nst_of_an_even_kernel_is_blind_to_signs_and_at_most_two(pair, seed):
-    s, t = pair
-    signs = torch.randint(0, 2, (s.shape[1], 1, 1), generator=gen(seed)) * 2. - 1
-    torch.testing.assert_close(NST()(signs * s, t), NST()(s, t), rtol=1e-9, atol=1e-13)
-    assert NST()(s, t) <= 2 + 1e-12 and NST("linear")(s, t) <= 4 + 1e-12
-    sign = torch.tensor([[[[1., 2.]]]])
-    assert NST("linear")(-sign, sign).item() == pytest.approx(4) and NST()(-sign, sign).item() == pytest.approx(0)
 
 
 @many
@@ -107,124 +42,6 @@ def test_nst_without_the_teacher_term_differs_by_a_constant(pair):
         torch.testing.assert_close(a - b, loss(t, t) - bare(t, t), rtol=1e-9, atol=1e-12)
 
 
-@many
-@given(maps(same_size=False))
-def test_nst_by_positions_and_by_channels_agree(pair):
-    """The class takes whichever is cheaper for c = 0; any other c goes through the channels' inner products."""
-    s, t = pair
-    other = NST(c=1e-300)
-    torch.testing.assert_close(NST()(s, t), other(s, t), rtol=1e-9, atol=1e-12)
-
-
-@many
-@given(maps())
-def test_nst_kernels_meet(pair):
-    s, t = pair
-    linear = NST("linear")(s, t)
-    torch.testing.assert_close(1e4 * NST("gaussian", sigma2=1e4)(s, t), linear, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(NST(c=.5)(s, t), NST()(s, t) + linear, rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(NST(degree=1)(s, t), linear, rtol=1e-8, atol=1e-12)
-
-
-def test_linear_nst_and_at_share_a_cosine():
-    a, b = (selectivity(torch.rand(4, c, 3, 2, generator=gen(c), dtype=torch.float64)).view(4, c, 3, 2) for c in (3, 5))
-    p, q = a.flatten(2).mean(1), b.flatten(2).mean(1)
-    cos = 1 - 3 * torch.stack([AT(p=1)(a[i:i + 1], b[i:i + 1]) for i in range(4)])
-    torch.testing.assert_close(NST("linear")(a, b), (p.norm(dim=1)**2 + q.norm(dim=1)**2 - 2 * p.norm(dim=1) * q.norm(dim=1) * cos).mean())
-
-
-def test_the_polynomial_kernel_is_not_characteristic():
-    def angle(*degrees):
-        a = torch.tensor(degrees).double().deg2rad()
-        return torch.stack([a.cos(), a.sin()], 1)[None, :, None]
-    s, t = angle(0, 90, 45, 45), angle(15, 75)
-    value, (g,) = value_and_gradients(lambda s: NST()(s, t), s)
-    assert value < 1e-30 and g.abs().max() < 1e-15 and NST("gaussian")(s, t) > 1e-3 and NST("linear")(s, t) > 1e-4
-
-
-def test_polynomial_nst_says_nothing_without_positions():
-    value, (g,) = value_and_gradients(lambda s: NST()(s, torch.randn(4, 9, 1, 1, generator=gen(1))), torch.randn(4, 5, 1, 1, generator=gen(0)))
-    assert value < 1e-12 and g.abs().max() < 1e-6
-
-
-@pytest.mark.parametrize("loss", [NST(), NST("linear"), NST("gaussian", sigma2=1.), NST(degree=3, c=.5), NST(teacher_term=False)])
-@pytest.mark.parametrize("teacher", [(3, 2, 2, 2), (3, 3, 5, 4)])
-def test_nst_gradcheck_and_no_gradient_for_the_teacher(loss, teacher):
-    s, t = torch.randn(3, 4, 3, 3, generator=gen(0), dtype=torch.float64).requires_grad_(), torch.randn(teacher, generator=gen(1), dtype=torch.float64).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: loss(s, t), (s,))
-    loss(s, t).backward()
-    assert t.grad is None and s.grad is not None
-
-
-def test_no_gradient_through_the_gaussian_width():
-    s, t = torch.randn(1, 3, 2, 2, generator=gen(0), dtype=torch.float64), torch.randn(1, 4, 2, 2, generator=gen(1), dtype=torch.float64)
-    x, y = selectivity(s), selectivity(t)
-    width = (2 - 2 * x @ y.mT).mean().item()
-    assert_same(value_and_gradients(lambda s: NST("gaussian")(s, t), s), value_and_gradients(lambda s: NST("gaussian", sigma2=width)(s, t), s), 1e-12)
-    assert NST("gaussian")(s[:, :1], s[:, :1]).item() == 0                 # a width of 0
-
-
-@kernels
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 4])
-def test_nst_is_finite_on_silent_channels_and_extremes_in_every_precision(loss, dtype, n):
-    t, base = torch.randn(n, 5, 4, 4, generator=gen(0)), torch.randn(n, 3, 4, 4, generator=gen(1))
-    silent = base * torch.tensor([0., 1., 1.])[:, None, None]
-    for e in (base, 0 * base, silent, 1e-4 * base, 1e4 * base, base[:, :1].expand(-1, 3, -1, -1)):
-        for teacher in (t, 0 * t, e):
-            e = e.detach().to(dtype).requires_grad_()
-            value = loss(e, teacher.to(dtype))
-            value.backward()
-            assert value.isfinite() and e.grad.isfinite().all() and e.grad.abs().max() < 1e5
-            assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-
-
-@pytest.mark.parametrize("loss", [NST("linear"), NST("gaussian", sigma2=1.)])
-def test_a_silent_channel_gets_no_gradient_where_usual_code_gets_an_enormous_one(loss):
-    base, t = torch.rand(2, 3, 4, 4, generator=gen(0)), torch.rand(2, 5, 4, 4, generator=gen(1))
-    base[:, 0] = 0
-    _, (g,) = value_and_gradients(lambda s: loss(s, t), base)
-    assert g[:, 0].abs().max() == 0 and g.abs().max() < 1
-    assert value_and_gradients(lambda s: usual_nst(s, t, lambda d: d), base)[1][0].abs().max() > 1e9
-    both = selectivity(torch.tensor([[[[0., 0.]], [[3., 4.]], [[1e-9, 0.]]]]))
-    torch.testing.assert_close(both, torch.tensor([[[0., 0.], [.6, .8], [0., 0.]]]))
-
-
-def test_nst_sums_layers_and_pools_to_the_smaller_side():
-    s = [torch.randn(2, 3, k, k, generator=gen(k)) for k in (8, 4)]
-    t = [torch.randn(2, 5, k, k, generator=gen(k)) for k in (8, 4)]
-    torch.testing.assert_close(NST()(s, t), NST()(s[0], t[0]) + NST()(s[1], t[1]))
-    torch.testing.assert_close(NST()(s[0][..., :4], t[0]), NST()(s[0][..., :4], F.adaptive_avg_pool2d(t[0], (8, 4))))
-    assert not list(NST().parameters()) and not NST().state_dict()
-    assert repr(NST()) == "NST('polynomial', degree=2, c=0, teacher_term=True)"
-
-
-@kernels
-def test_nst_autocast_and_compile_change_nothing(loss):
-    s, t = torch.randn(4, 16, 4, 4, generator=gen(0)), torch.randn(4, 24, 4, 4, generator=gen(1))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = loss(s, t)
-    assert inside.dtype == torch.float32 and torch.equal(inside, loss(s, t))
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    assert_same(value_and_gradients(lambda s: compiled(s, t), s), value_and_gradients(lambda s: loss(s, t), s), 1e-5)
-
-
-@kernels
-def test_a_student_learns_by_nst(loss):
-    x = torch.randn(16, 1, 6, 6, generator=gen(0))
-    t = F.conv2d(x, torch.randn(6, 1, 3, 3, generator=gen(1)), padding=1).relu()
-    w = (.5 * torch.randn(4, 1, 3, 3, generator=gen(2))).requires_grad_()
-    opt, values = torch.optim.Adam([w], lr=.05), []
-    for _ in range(80):
-        opt.zero_grad()
-        values.append(loss(F.conv2d(x, w, padding=1).relu(), t))
-        values[-1].backward()
-        opt.step()
-    assert values[-1] < .7 * values[0]
-
-
-# ---- CRD
-
 def pair(n, seed=0, dtype=torch.float32, ds=5, dt=7):
     return torch.randn(n, ds, generator=gen(seed), dtype=dtype), torch.randn(n, dt, generator=gen(seed + 100), dtype=dtype)
 
@@ -237,7 +54,7 @@ def call(loss, *args, **more):
 @pytest.mark.parametrize("samples, k", [(50, 20), (400, 9)])            # all scores, and copied rows
 def test_crd_is_torchdistills_over_several_steps(dtype, tolerance, samples, k):
     """Value, gradients, both memories and Z, the negatives given: torchdistill's own sampler raises AttributeError."""
-    from torchdistill.losses.mid_level import CRDLoss
+    CRDLoss = pytest.importorskip("torchdistill.losses.mid_level").CRDLoss
 
     mine, theirs = crd(5, 7, samples, 8, k, dtype=dtype), CRDLoss("n", "e", "n", 8, samples, k, samples).to(dtype)
     theirs.memory_v1.copy_(mine.memory_s)
@@ -504,45 +321,27 @@ def test_a_student_learns_by_crd_and_not_with_the_place_in_the_batch(right):
     found = (F.normalize(loss.embed_s(student(x))) @ F.normalize(loss.embed_t(t)).T).argmax(1) == torch.arange(64)
     assert values[-1] < values[0] and (found.float().mean() > .5 if right else found.float().mean() < .2)
 
-
-# ---- errors
-
 f4, e2, small = torch.rand(4, 3, 2, 2), torch.rand(4, 3), CRD(3, 5, 20, 4, 6)
+
 given_pair = torch.rand(4, 3), torch.rand(4, 5)
+
+
 ERRORS = [
-    (lambda: NST("rbf"), "NST knows the kernels 'linear', 'polynomial' and 'gaussian'; got 'rbf'"),
-    (lambda: NST(degree=0), "NST needs a whole degree of at least 1 and c of at least 0; got degree = 0 and c = 0.0"),
-    (lambda: NST(degree=2.5), "got degree = 2.5"),
-    (lambda: NST(c=-1), "got degree = 2 and c = -1"),
-    (lambda: NST("gaussian", sigma2=0), "NST needs sigma2 above 0, or None; got 0"),
-    (lambda: NST()(e2, f4), r"NST needs student maps of shape \(N, C, H, W\), floating point; got \(4, 3\), torch.float32: take a layer before the pooling"),
-    (lambda: NST()([f4, f4], f4), "NST needs as many layers of the teacher as of the student, at least one; got 2 of the student and 1 of the teacher"),
-    (lambda: NST()(f4, f4[:3]), r"NST needs student and teacher maps of the same samples, none empty; got \(4, 3, 2, 2\) and \(3, 3, 2, 2\)"),
     (lambda: CRD(0, 5, 20), "CRD needs in_features, out_features, feat_dim and negatives of at least 1 and 2 samples or more; got 0, 5, 128, 16384 and 20"),
     (lambda: CRD(3, 5, 1), "got 3, 5, 128, 16384 and 1"),
     (lambda: CRD(3, 5, 20, T=0), "CRD needs T above 0, momentum from 0 to below 1 and eps of at least 0; got 0, 0.5 and 1e-07"),
     (lambda: CRD(3, 5, 20, momentum=1), "got 0.07, 1 and 1e-07"),
-    (lambda: CRD(3, 5, 20, classes=torch.zeros(20).long()), r"CRD needs classes of shape \(20,\), int64, not all equal; got \(20,\), torch.int64"),
-    (lambda: CRD(3, 5, 20, classes=torch.arange(19)), r"got \(19,\), torch.int64"),
     (lambda: CRD(3, 5, 20, classes=torch.rand(20)), r"got \(20,\), torch.float32"),
     (lambda: CRD.from_features(*given_pair), "CRD needs samples=, how many training samples there are, or their labels=: it remembers each of them"),
-    (lambda: small(*given_pair), r"CRD needs index= of shape \(N,\), int64, with N = 4: numbers of training samples; got NoneType"),
     (lambda: small(*given_pair, index=[0, 1, 2, 3]), "got list"),
     (lambda: small(*given_pair, index=torch.arange(4.)), r"got \(4,\), torch.float32"),
-    (lambda: small(*given_pair, index=torch.arange(3)), r"got \(3,\), torch.int64"),
-    (lambda: small(*given_pair, index=torch.arange(4)[:, None]), r"got \(4, 1\), torch.int64"),
     (lambda: small(*given_pair, index=torch.arange(17, 21)), r"CRD remembers 20 samples; got index= from 17 to 20: samples are counted from 0, within the training set"),
     (lambda: small(*given_pair, index=torch.arange(-1, 3)), "got index= from -1 to 2"),
-    (lambda: small(*given_pair, index=torch.arange(4), negatives=torch.arange(4)), r"CRD needs negatives= of shape \(N, K\), int64, with N = 4: numbers of training samples; got \(4,\), torch.int64"),
     (lambda: small(*given_pair, index=torch.arange(4), negatives=torch.full((4, 2), 20)), "got negatives= from 20 to 20"),
     (lambda: small(given_pair[1], given_pair[0], index=torch.arange(4)), "CRD was made for 3 student and 5 teacher features; got 5 and 3: CRD.from_features reads them from an example"),
-    (lambda: small(given_pair[0], given_pair[1][:2], index=torch.arange(4)), "CRD needs student and teacher embeddings of the same samples; got N = 4 and N = 2"),
-    (lambda: small(given_pair[0].long(), given_pair[1], index=torch.arange(4)), "student must be floating point; got torch.int64"),
 ]
 
 
 @pytest.mark.parametrize("call, message", ERRORS, ids=range(len(ERRORS)))
 def test_errors_say_what_was_given_and_what_is_needed(call, message):
-    with pytest.raises(ValueError, match=message) as e:
-        call()
-    assert "\n" not in str(e.value)
+    assert_says(call, message)

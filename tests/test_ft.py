@@ -1,46 +1,32 @@
-"""FT and FSP: values and gradients of other code, the stages, what the losses ignore, precision, errors."""
-import copy
+"""FT and its namesake FTShortcut: values and gradients of other code, the stages, what they ignore."""
 from dataclasses import replace
+from functools import partial
+import copy
 
+from hypothesis import given
+from hypothesis import strategies as st
 import pytest
+from torch import nn
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from torch import nn
 
-from helpers import assert_same, DTYPES, gen, value_and_gradients
+from helpers import assert_same, assert_says, gen, made, many, randn, value_and_gradients
 from relkd.losses.at import AT, attention
-from relkd.losses.fsp import FSP, flow_matrix
+from relkd.losses.fsp import FSP
 from relkd.losses.ft import FT, FTShortcut, Paraphraser, Translator, unit_factor
 
-many = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+ft = partial(made, FT)
 TOLERANCES = [(torch.float32, 5e-6), (torch.float64, 1e-12)]
 
-
-def randn(*shape, seed=0, dtype=torch.float32):
-    return torch.randn(*shape, generator=gen(seed), dtype=dtype)
-
-
-def ft(*args, seed=0, dtype=torch.float32, **options):
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return FT(*args, **options).to(dtype)
-
-
-def chain(n=3, sizes=((3, 4), (4, 4), (5, 2)), seed=0, dtype=torch.float32):
-    return [randn(n, c, k, k, seed=seed + i, dtype=dtype) for i, (c, k) in enumerate(sizes)]
-
-
-# ---- FT against torchdistill, whose auxiliary networks take our weights as they are
 
 @pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
 @pytest.mark.parametrize("p, reduction", [(1, "mean"), (2, "norm")])
 @pytest.mark.parametrize("batchnorm", [False, True])
 def test_ft_is_torchdistills_with_the_same_weights(dtype, tolerance, p, reduction, batchnorm):
     """torchdistill takes the mean for p = 1 and a length for every other p: 'mean' and 'norm' here."""
-    from torchdistill.losses.mid_level import FTLoss
-    from torchdistill.models.wrapper import Paraphraser4FactorTransfer, Translator4FactorTransfer
+    FTLoss = pytest.importorskip("torchdistill.losses.mid_level").FTLoss
+    module = pytest.importorskip("torchdistill.models.wrapper")
+    Paraphraser4FactorTransfer, Translator4FactorTransfer = module.Paraphraser4FactorTransfer, module.Translator4FactorTransfer
 
     loss = ft(3, 8, p=p, reduction=reduction, batchnorm=batchnorm, dtype=dtype)
     paraphraser, translator = Paraphraser4FactorTransfer(.5, 8, uses_bn=batchnorm).to(dtype), Translator4FactorTransfer(3, 4, uses_bn=batchnorm).to(dtype)
@@ -59,7 +45,7 @@ def test_ft_is_torchdistills_with_the_same_weights(dtype, tolerance, p, reductio
 @pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
 @pytest.mark.parametrize("reconstruction, other", [("l1", F.l1_loss), ("l2", F.mse_loss)])
 def test_prepare_is_torchdistills_reconstruction(dtype, tolerance, reconstruction, other):
-    from torchdistill.models.wrapper import Paraphraser4FactorTransfer
+    Paraphraser4FactorTransfer = pytest.importorskip("torchdistill.models.wrapper").Paraphraser4FactorTransfer
 
     loss = ft(3, 8, reconstruction=reconstruction, batchnorm=True, dtype=dtype)
     theirs = Paraphraser4FactorTransfer(.5, 8).to(dtype)
@@ -108,8 +94,6 @@ def test_unit_factor_has_length_1_and_no_scale(n, m, seed, scale):
     torch.testing.assert_close((unit_factor(a) - unit_factor(b)).pow(2).mean(), (2 * (1 - cos)).mean() / (m * 6))
 
 
-# ---- the shortcut
-
 def test_the_shortcut_is_at_with_an_l1_distance():
     s, t = randn(6, 3, 4, 5, dtype=torch.float64), randn(6, 7, 4, 5, seed=1, dtype=torch.float64)
     factor = lambda f: F.normalize(f.pow(2).mean(1).view(f.size(0), -1))        # the circulating 'factor'
@@ -127,8 +111,6 @@ def test_compare_attention_is_the_shortcut_on_factors():
     norms = lambda net: sum(isinstance(m, nn.BatchNorm2d) for m in net.modules())
     assert norms(loss.translators) == 3 and norms(loss.paraphrasers) == 0 and norms(FT(3, 8, batchnorm=True)) == 9 and norms(FT(3, 8)) == 0
 
-
-# ---- who learns when
 
 def test_each_stage_gives_gradients_to_its_own_networks_only():
     loss = ft(3, 8, batchnorm=True)
@@ -197,206 +179,12 @@ def test_a_paraphraser_and_then_a_student_learn():
         assert last.item() < .5 * first
 
 
-# ---- FSP against torchdistill and the circulating lines
-
-@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
-def test_torchdistills_fsp_adds_up_lengths_of_columns(dtype, tolerance):
-    """The same max-pooled matrices; but a column's length where the paper has its square."""
-    from torchdistill.losses.mid_level import FSPLoss
-
-    s, t = chain(dtype=dtype), chain(seed=9, dtype=dtype)
-    pairs = {f"{i}": {f"{who}_{k}": {"io": "output", "path": f"{i + j}"} for who in ("student", "teacher") for j, k in enumerate(("first", "second"))} for i in (0, 1)}
-    io = lambda maps: {f"{i}": {"output": f} for i, f in enumerate(maps)}
-    theirs = lambda *s: FSPLoss(pairs)(io(s), io(t))
-    gaps = lambda s: [flow_matrix(s[i], s[i + 1]) - flow_matrix(t[i], t[i + 1]) for i in (0, 1)]
-    assert_same(value_and_gradients(lambda *s: sum(g.norm(dim=1).sum() for g in gaps(s)) / 3, *s), value_and_gradients(theirs, *s), tolerance)
-    torch.testing.assert_close(FSP()(s, t), sum(g.norm(dim=1).pow(2).sum() for g in gaps(s)) / 3)
-    assert not torch.isclose(FSP()(s, t), theirs(*s), rtol=.01)
-
-
-@pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
-def test_fsp_mean_is_the_circulating_block_of_products(dtype, tolerance):
-    def flow(a, b):
-        h = min(a.shape[2], b.shape[2])
-        a, b = (F.adaptive_avg_pool2d(f, (h, h)).flatten(2) for f in (a, b))
-        return (a[:, None] * b[:, :, None]).mean(-1)
-
-    s, t = chain(dtype=dtype), chain(seed=9, dtype=dtype)
-    circulating = lambda *s: sum((flow(s[i], s[i + 1]) - flow(t[i], t[i + 1])).pow(2).mean() for i in (0, 1))
-    assert_same(value_and_gradients(lambda *s: FSP(pool="avg", reduction="mean")(s, t), *s), value_and_gradients(circulating, *s), tolerance)
-
-
-def test_fsp_worked_on_paper():
-    a, b = torch.tensor([[[[1., 2.]], [[0., 1.]]]]), torch.tensor([[[[3., 0.]], [[1., 1.]]]])
-    assert flow_matrix(a, b).tolist() == [[[1.5, 1.5], [0., .5]]]
-    corner = torch.zeros(1, 2, 1, 1)
-    corner[0, 0] = 1
-    assert FSP()([1.5 * corner, corner], [a, b]).item() == 2.5 and FSP(reduction="mean")([1.5 * corner, corner], [a, b]).item() == .625
-
-
-def test_pairs_and_weights_name_terms_of_the_sum():
-    s, t = chain(), chain(seed=9)
-    one = lambda *pair, **o: FSP(pairs=[pair], **o)(s, t)
-    torch.testing.assert_close(FSP()(s, t), one(0, 1) + one(1, 2))
-    torch.testing.assert_close(FSP(weights=[2, 3])(s, t), 2 * one(0, 1) + 3 * one(1, 2))
-    torch.testing.assert_close(FSP(pairs=[(0, 2), (1, 1)], weights=(.5, 1))(s, t), .5 * one(0, 2) + one(1, 1))
-    torch.testing.assert_close(one(0, 2), one(2, 0))
-    assert FSP(pairs=[(0, 0)])(s[0], t[0]) == one(0, 0)                # Gatys' Gram matrix: a single layer will do
-
-
-def test_fsp_pools_the_larger_map_of_a_pair_in_either_order_and_shape():
-    big, small = randn(2, 3, 8, 6), randn(2, 4, 4, 9, seed=1)
-    for pool, f in (("max", F.adaptive_max_pool2d), ("avg", F.adaptive_avg_pool2d)):
-        expected = torch.einsum("nihw,njhw->nij", f(big, (4, 6)), f(small, (4, 6))) / 24
-        torch.testing.assert_close(flow_matrix(big, small, pool), expected)
-        torch.testing.assert_close(flow_matrix(small, big, pool), expected.mT)
-
-
-# ---- what FSP ignores
-
-@st.composite
-def layers(draw):
-    n, k = draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    channels = draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
-    seed = draw(st.integers(0, 10**6))
-    sizes = [(c, k) for c in channels]
-    return chain(n, sizes, seed, torch.float64), chain(n, sizes, seed + 100, torch.float64)
-
-
-@many
-@given(layers(), st.floats(.01, 100))
-def test_fsp_is_blind_to_positions_and_to_what_cancels(pair, scale):
-    s, t = pair
-    base, hw = FSP()(s, t), s[0][0, 0].numel()
-    q, _ = torch.linalg.qr(randn(hw, hw, dtype=torch.float64))
-    order = torch.randperm(hw, generator=gen(1))
-    for moved in ([(f.flatten(2) @ q).view_as(f) for f in s], [f.flatten(2)[..., order].view_as(f) for f in s], [-f for f in s],
-                  [f * scale ** (-1)**i for i, f in enumerate(s)], [f.repeat_interleave(3, 3) for f in s]):
-        torch.testing.assert_close(FSP()(moved, t), base, rtol=1e-8, atol=1e-10)
-    assert FSP()(t, t) == 0 and base >= 0
-
-
-@many
-@given(layers(), st.floats(.1, 10))
-def test_fsp_grows_with_the_fourth_power(pair, scale):
-    s, t = pair
-    torch.testing.assert_close(FSP()([scale * f for f in s], [scale * f for f in t]), scale**4 * FSP()(s, t), rtol=1e-9, atol=1e-12)
-
-
-@many
-@given(layers())
-def test_fsp_norm_is_the_mean_times_the_entries(pair):
-    s, t = ([f for f in maps[:2]] for maps in pair)
-    torch.testing.assert_close(FSP()(s, t), FSP(reduction="mean")(s, t) * s[0].shape[1] * s[1].shape[1])
-
-
-def test_fsp_sees_the_order_of_channels_and_at_does_not():
-    s, t = chain(sizes=((3, 4), (4, 4))), chain(sizes=((3, 4), (4, 4)), seed=9)
-    renumbered = [f.roll(1, 1) for f in t]
-    assert not torch.isclose(FSP()(s, t), FSP()(s, renumbered), rtol=1e-3)
-    torch.testing.assert_close(AT()(s, t), AT()(s, renumbered))
-
-
-def test_fsp_silent_layers():
-    t = chain(sizes=((3, 4), (4, 4)), seed=9)
-    _, (g1, g2) = value_and_gradients(lambda *s: FSP()(s, t), torch.zeros(3, 3, 4, 4), randn(3, 4, 4, 4))
-    assert g1.abs().max() > 0 and g2.abs().max() == 0             # a layer's gradient is multiplied by the other layer
-    value, grads = value_and_gradients(lambda *s: FSP()(s, t), *(0 * f for f in t))
-    assert all(g.abs().max() == 0 for g in grads)
-    torch.testing.assert_close(value, flow_matrix(*t).pow(2).sum((1, 2)).mean())
-
-
-def test_fsp_lets_the_networks_differ_in_map_size():
-    s, t = chain(sizes=((3, 8), (4, 4))), chain(sizes=((3, 2), (4, 6)), seed=9)
-    expected = (flow_matrix(*s) - flow_matrix(*t)).pow(2).sum((1, 2)).mean()
-    torch.testing.assert_close(FSP()(s, t), expected)
-
-
-def test_a_student_learns_the_flow():
-    x = randn(32, 1, 6, 6)
-    def two(w): a = F.conv2d(x, w[0], padding=1).relu(); return [a, F.conv2d(a, w[1], padding=1).relu()]
-    t = two([randn(4, 1, 3, 3, seed=1), .3 * randn(5, 4, 3, 3, seed=2)])
-    w = [(.3 * randn(*s, seed=3)).requires_grad_() for s in ((4, 1, 3, 3), (5, 4, 3, 3))]
-    opt, first = torch.optim.Adam(w, lr=.02), FSP()(two(w), t).item()
-    for _ in range(80):
-        opt.zero_grad()
-        last = FSP()(two(w), t)
-        last.backward()
-        opt.step()
-    assert last.item() < .2 * first
-
-
-# ---- gradients, precision, zeros, as modules
-
-PAIRS = {
-    "FT": (ft(4, 6), lambda n: (randn(n, 4, 4, 4), randn(n, 6, 4, 4, seed=1))),
-    "FT-norm": (ft(4, 6, p=2, reduction="norm"), lambda n: (randn(n, 4, 4, 4), randn(n, 6, 2, 3, seed=1))),
-    "FT-attention": (ft(4, 6, compare="attention", batchnorm="translator"), lambda n: (randn(n, 4, 4, 4), randn(n, 6, 4, 4, seed=1))),
-    "FTShortcut": (FTShortcut(), lambda n: (randn(n, 4, 4, 4), randn(n, 6, 2, 4, seed=1))),
-    "FSP": (FSP(), lambda n: (chain(n), chain(n, seed=9))),
-    "FSP-mean": (FSP(pool="avg", reduction="mean", weights=[1, 2]), lambda n: (chain(n), chain(n, sizes=((3, 5), (4, 3), (5, 3)), seed=9))),
-}
-each = pytest.mark.parametrize("loss, maps", PAIRS.values(), ids=PAIRS)
-
-
-def over(f, maps):
-    return [f(m) for m in maps] if isinstance(maps, list) else f(maps)
-
-
-def leaves(maps):
-    return maps if isinstance(maps, list) else [maps]
-
-
-@each
-def test_gradcheck_and_no_gradient_for_the_teacher(loss, maps):
-    loss, (s, t) = copy.deepcopy(loss).double(), maps(3)
-    s, t = over(lambda f: f[:, :, :3, :2].double().contiguous().requires_grad_(), s), over(lambda f: f.double().requires_grad_(), t)
-    rebuild = lambda fs: list(fs) if isinstance(s, list) else fs[0]
-    assert torch.autograd.gradcheck(lambda *fs: loss(rebuild(fs), t), tuple(leaves(s)))
-    loss(s, t).backward()
-    assert all(f.grad is None for f in leaves(t)) and all(f.grad is not None for f in leaves(s))
-
-
-@each
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n", [1, 4])
-def test_finite_on_zeros_and_extremes_in_every_precision(loss, maps, dtype, n):
-    loss, (s, t) = copy.deepcopy(loss).eval(), maps(n)           # batch statistics of a silent map blow gradients up by 316 a layer
-    for size in (1, 0, 1e-6, 5 if isinstance(loss, FSP) else 100):  # FSP: the gradient grows with the third power
-        for goal in (t, over(lambda f: 0 * f, t)):
-            e = over(lambda f: (size * f).detach().to(dtype).requires_grad_(), s)
-            value = loss(e, over(lambda f: f.to(dtype), goal))
-            value.backward()
-            assert value.dim() == 0 and value.isfinite() and value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-            assert all(f.grad.isfinite().all() for f in leaves(e))
-            if not isinstance(loss, FSP):
-                assert max(f.grad.abs().max() for f in leaves(e)) < 1e4
-
-
 def test_a_silent_factor_has_no_direction():
     base, goal = torch.rand(2, 3, 2, 2, generator=gen(0)), unit_factor(torch.rand(2, 3, 2, 2, generator=gen(1)))
     for size in (0, 1e-12, 1e-7):
         value, (g,) = value_and_gradients(lambda f: (unit_factor(f) - goal).abs().mean(), size * base)
         assert g.abs().max() == 0 and value == goal.abs().mean()
     assert value_and_gradients(lambda f: (F.normalize(f.flatten(1)) - goal).abs().mean(), 0 * base)[1][0].abs().max() > 1e9
-
-
-@each
-def test_autocast_changes_nothing(loss, maps):
-    loss, (s, t) = copy.deepcopy(loss).eval(), maps(4)
-    calls = [loss, loss.prepare] if isinstance(loss, FT) else [loss]
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = [f(s, t) for f in calls]
-    assert all(v.dtype == torch.float32 and torch.equal(v, f(s, t)) for v, f in zip(inside, calls))
-
-
-@each
-def test_compiles_in_one_graph(loss, maps):
-    loss, (s, t) = copy.deepcopy(loss).eval(), maps(4)
-    torch._dynamo.reset()
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
-    rebuild = lambda fs: list(fs) if isinstance(s, list) else fs[0]
-    assert_same(value_and_gradients(lambda *fs: compiled(rebuild(fs), t), *leaves(s)), value_and_gradients(lambda *fs: loss(rebuild(fs), t), *leaves(s)), 2e-6)
 
 
 @pytest.mark.parametrize("batchnorm", [False, True])
@@ -444,10 +232,9 @@ def test_networks_of_the_authors_sizes():
     x = torch.rand(2, 64, 5, 7)
     assert p(x).shape == x.shape and p.encoder(x).shape == (2, 32, 5, 7)
 
-
-# ---- errors
-
 f4, e2 = torch.rand(4, 3, 2, 2), torch.rand(4, 3)
+
+
 ERRORS = [
     (lambda: FT([3, 3], 3), r"FT needs as many in_channels as out_channels, each at least 1; got \[3, 3\] and 3"),
     (lambda: FT(0, 3), "each at least 1; got 0 and 3"),
@@ -464,31 +251,11 @@ ERRORS = [
     (lambda: FT(3, 5).prepare(f4, f4), "FT was made for 3 student and 5 teacher channels"),
     (lambda: FT(3, 3)([f4, f4], [f4, f4]), r"FT was made for 1 layer\(s\); got 2"),
     (lambda: FT(3, 3)(f4, e2), r"FT needs teacher maps of shape \(N, C, H, W\), floating point; got \(4, 3\), torch.float32: take a layer before the pooling"),
-    (lambda: FT(3, 3)(f4, f4[:3]), r"FT needs student and teacher maps of the same samples, none empty; got \(4, 3, 2, 2\) and \(3, 3, 2, 2\)"),
     (lambda: FT.from_features(f4, None), "FT needs teacher maps"),
     (lambda: FTShortcut(p=0), "FTShortcut needs a power of at least 1; got p = 0"),
-    (lambda: FTShortcut()(e2, e2), "FTShortcut needs student maps"),
-    (lambda: FSP(pool="mean"), "FSP needs pool to be 'max' or 'avg'; got 'mean'"),
-    (lambda: FSP(reduction="sum"), "FSP needs reduction to be 'norm' or 'mean'; got 'sum'"),
-    (lambda: FSP(pairs=[]), r"FSP needs pairs \(i, j\) of places in the list of layers, from 0 on; got \[\]"),
-    (lambda: FSP(pairs=[(0, -1)]), r"from 0 on; got \[\(0, -1\)\]"),
-    (lambda: FSP(pairs=[(0, 1, 2)]), r"got \[\(0, 1, 2\)\]"),
-    (lambda: FSP(pairs=[(0, 1)], weights=[1, 2]), "FSP needs one weight a pair; got 2 for 1 pairs"),
-    (lambda: FSP(weights=[1, 2])([f4, f4], [f4, f4]), "FSP needs one weight a pair; got 2 for 1 pairs"),
-    (lambda: FSP()(f4, f4), "FSP needs as many layers of the teacher as of the student, at least 2; got 1 of the student and 1 of the teacher"),
-    (lambda: FSP(pairs=[(0, 2)])([f4, f4], [f4, f4]), "at least 3; got 2 of the student and 2 of the teacher"),
-    (lambda: FSP()([f4, f4], [f4, f4, f4]), "got 2 of the student and 3 of the teacher"),
-    (lambda: FSP()([f4, f4], [f4, torch.rand(4, 5, 2, 2)]), "FSP needs as many channels in the student as in the teacher, layer by layer; got 3 and 5 in layer 1: choose other layers, or a loss with a regressor"),
-    (lambda: FSP()([f4, f4[:2]], [f4, f4]), "FSP needs all layers of the same samples; got N = 4, 2 and N = 4, 4"),
-    (lambda: FSP()([f4, e2], [f4, f4]), r"FSP needs student maps of shape \(N, C, H, W\), floating point, none empty; got \(4, 3\), torch.float32: take layers before the pooling"),
-    (lambda: FSP()([f4, f4], [f4, f4.long()]), r"FSP needs teacher maps .* got \(4, 3, 2, 2\), torch.int64"),
-    (lambda: FSP()([f4, f4], [f4, None]), "got NoneType"),
-    (lambda: FSP()([f4[:0], f4[:0]], [f4, f4]), r"none empty; got \(0, 3, 2, 2\)"),
 ]
 
 
 @pytest.mark.parametrize("call, message", ERRORS, ids=range(len(ERRORS)))
 def test_errors_say_what_was_given_and_what_is_needed(call, message):
-    with pytest.raises(ValueError, match=message) as e:
-        call()
-    assert "\n" not in str(e.value)
+    assert_says(call, message)

@@ -1,0 +1,103 @@
+"""A GPU's dress rehearsal without one: 'meta' stands for the card. A value asked for, a mask as an index, a mixed device, a copy in a step: each raises."""
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from relkd.catalogue import known_recipes
+from relkd.distill import Look
+from relkd.features import Features
+from relkd.losses import angle
+from relkd.models import create
+from relkd.tables.recipe import recipe
+from relkd.train import Learner
+
+
+class Card(TorchDispatchMode):
+    "Refuses what would wait for the card or mix it with the host."
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        copies, to = f._schema.name in ("aten::_to_copy", "aten::copy_"), (kwargs or {}).get("device")
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        seen = [t.device for t in tensors if t.dim() or t.is_meta or copies]
+        mixed = {*seen, to or seen[0]} if copies else {*seen}
+        assert len(mixed) < 2, f"{f} has tensors on {seen}, to go to {to}"
+        if "index_put" in f._schema.name:
+            assert not any(t.dtype == torch.bool for t in args[1] if t is not None), f"{f}: a mask as an index waits"
+        return f(*args, **(kwargs or {}))
+
+
+class Half(TorchFunctionMode):
+    "What autocast does on a card to what these networks use."
+
+    def __torch_function__(self, f, types, args=(), kwargs=None):
+        if f in (F.conv2d, F.linear, torch.conv2d):
+            args = tuple(a.bfloat16() if isinstance(a, torch.Tensor) else a for a in args)
+        return f(*args, **(kwargs or {}))
+
+
+class Fabric:
+    world_size, autocast, backward = 1, staticmethod(Half), staticmethod(torch.Tensor.backward)
+
+
+@pytest.fixture
+def card(monkeypatch):
+    enabled, SGD, Adam = torch.is_autocast_enabled, torch.optim.SGD, torch.optim.Adam
+
+    def cube(q, z, anchors, rough):
+        return q.new_zeros(()), torch.zeros_like(q), *q.new_zeros(2, len(anchors), len(q))
+
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda t: t.is_meta), raising=False)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind="cpu": kind != "meta" and enabled(kind))
+    monkeypatch.setattr(torch.optim, "SGD", lambda p, fused, **o: SGD(p, **o))                # 'meta' has no fused kernel
+    monkeypatch.setattr(torch.optim, "Adam", lambda p, fused, **o: Adam(p, **o))
+    monkeypatch.setattr(angle, "_on_gpu", cube)
+    return monkeypatch
+
+
+SIZES = {"digits": (1, 8), "omniglot": (1, 28), "miniimagenet": (3, 84)}
+RECIPES = [n for n in known_recipes() if not n.endswith(("bf16", "nearest", "fast", "fc100/paper"))]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_rows_step_stays_on_the_card(card, name):
+    r = recipe(name)
+    task, (c, size) = r.tasks[0], SIZES.get(r.data, (3, 32))
+    few_shot = task.outputs(type("Data", (), {"classes": range(10)})) is None
+    outputs, images, answers = (None, 12, 6) if few_shot else (10, 16, 16)
+    if few_shot:
+        task = type(task)(shot=1, way=6, query=1)
+    x, y, index = torch.zeros(images, c, size, size, device="meta"), torch.arange(answers) % 10, torch.arange(images)
+    learners = [Learner(create(r.student, outputs, c).to("meta", memory_format=torch.channels_last), row, r.schedule, 0, task)
+                for row in r.rows]
+    layers = [n for l in learners for n in l.objective.teacher_layers]
+    read = Features(create(r.teacher, outputs, c).to("meta").eval().requires_grad_(False), layers)
+    with torch.no_grad(), Half():
+        seen = read(x)
+    for l in learners:
+        l.build(x, Look(seen), torch.arange(images) % 10)
+    y, index = y.to("meta"), index.to("meta")
+    made = torch.tensor
+
+    def on_the_host(*args, device=None, **kw):
+        assert torch.device(device or "cpu").type != "meta", "torch.tensor(..., device=) is a copy and a wait"
+        return made(*args, device=device, **kw)
+
+    card.setattr(torch, "tensor", on_the_host)
+    with Card():
+        look = Look(seen, task)
+        for l in learners:
+            for stage in [*range(len(l.row.before)), None]:
+                for number in range(2):
+                    l.step(Fabric, 0., number, x, look, y, index)
+                if stage is not None:
+                    l.end_stage()
+
+
+def test_the_rehearsal_sees_a_read_back(card):
+    with Card(), pytest.raises((RuntimeError, NotImplementedError)):
+        torch.ones(3, device="meta").sum().item()
+    with Card(), pytest.raises(AssertionError):
+        torch.ones(3, device="meta") + torch.ones(3)
