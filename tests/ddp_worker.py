@@ -3,16 +3,17 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from helpers import Tiny, few_digits, split_digits, toy                # noqa: E402
-from relkd.data import Batches, Episodes                               # noqa: E402
-from relkd.distill import PAPER_ROWS, RKD_A, RKD_D, Row, Term          # noqa: E402
-from relkd.tables.run import run                                       # noqa: E402
-from relkd.tasks.classify import Classify                              # noqa: E402
-from relkd.tasks.fewshot import FewShot                                # noqa: E402
-from relkd.train import Learner, Schedule, Session, WholeBatchNorm2d, fit, synchronised   # noqa: E402
+from helpers import After, Tiny, few_digits, split_digits, toy  # noqa: E402
+from relkd.data import Batches, Episodes  # noqa: E402
+from relkd.distill import PAPER_ROWS, RKD_A, RKD_D, Row, Term  # noqa: E402
+from relkd.tables.run import run  # noqa: E402
+from relkd.tasks.classify import Classify  # noqa: E402
+from relkd.tasks.fewshot import FewShot  # noqa: E402
+from relkd.train import Learner, Schedule, Session, Stopped, WholeBatchNorm2d, fit, synchronised  # noqa: E402
 
 
 def seeded(make, seed):
@@ -43,7 +44,7 @@ def few_shot(session):
 def norms(rank, processes):
     "One batch norm on this process's share of a batch: output, gradients, statistics."
     g = torch.Generator().manual_seed(0)
-    x, up = (torch.randn(12, 3, 4, 5, generator=g) * 3 + 100 for _ in range(2))
+    x, up = torch.randn(12, 3, 4, 5, generator=g) * 3 + 100, torch.randn(12, 3, 4, 5, generator=g)
     found = []
     for options in ({}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}):
         bn, mine = WholeBatchNorm2d(3, **options), x[rank::processes].clone().requires_grad_()
@@ -68,10 +69,21 @@ def refused(session):
         return str(error)
 
 
+def resumed(recipe, out):
+    "Stopped after the students' first epoch, and run again by as many processes."
+    try:
+        run(recipe, Session(out, "cpu", stop=After(1)))
+    except Stopped:
+        dist.barrier()
+        return run(recipe, Session(out, "cpu"))
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     session = Session(sys.argv[1] + "/out", "cpu")
     fabric = session.fabric()
     made = {"classify": kept(classify(session)), "few-shot": kept(few_shot(session)), "refused": refused(session), "norms": norms(fabric.global_rank, fabric.world_size)}
-    made["records"] = run(toy(schedule=Schedule(2, 24, .05, milestones=(1,)), teacher_schedule=Schedule(1, 48, .05)), session)
+    recipe = toy(schedule=Schedule(2, 24, .05, milestones=(1,)), teacher_schedule=Schedule(1, 48, .05))
+    made["records"] = run(recipe, session)
+    made["resumed"] = resumed(recipe, sys.argv[1] + "/stopped")
     torch.save(made, f"{sys.argv[1]}/{fabric.global_rank}.pt")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from data_helpers import one_line
 from helpers import gen
-from relkd.data import Batches, area_resize, colour_jitter, joined, rotate
+from relkd.data import Batches, area_resize, colour_jitter, flip, joined, pad_crop, rotate
 
 
 @settings(max_examples=25)
@@ -95,3 +95,15 @@ def test_augmentations_run_where_the_images_are():
     g = torch.Generator("cuda").manual_seed(0)
     assert rotate(x, 30, g).is_cuda and colour_jitter(x, .4, .4, .4, g).is_cuda
     assert torch.equal(area_resize(x, 7).cpu(), area_resize(x.cpu(), 7))
+
+
+def test_pad_crop_and_flip_equal_a_loop_over_images():
+    x = torch.arange(5 * 2 * 6 * 4).view(5, 2, 6, 4).float() + 1
+    got = pad_crop(x, 2, torch.Generator().manual_seed(3))
+    g = torch.Generator().manual_seed(3)
+    top, left = (torch.randint(0, 5, (5, 1), generator=g) for _ in range(2))
+    padded = torch.nn.functional.pad(x, (2,) * 4)
+    assert torch.equal(got, torch.stack([p[:, t:t + 6, l:l + 4] for p, t, l in zip(padded, top[:, 0], left[:, 0])]))
+    mirrored = flip(x.repeat(8, 1, 1, 1), torch.Generator().manual_seed(0))
+    turned = [torch.equal(m, a.flip(2)) for m, a in zip(mirrored, x.repeat(8, 1, 1, 1))]
+    assert all(t or torch.equal(m, a) for t, m, a in zip(turned, mirrored, x.repeat(8, 1, 1, 1))) and 0 < sum(turned) < 40

@@ -7,7 +7,7 @@ import torch
 
 from data_helpers import one_line
 from helpers import gen
-from relkd.data import Dataset, digits, joined
+from relkd.data import Dataset, digits, joined, load
 
 
 def test_statistics_are_those_of_numpy_and_those_before():
@@ -101,3 +101,12 @@ def test_a_set_moves_to_a_gpu():
     for d in (by_sample(), few_shot()):
         moved = d.to("cuda")
         assert moved.images.is_cuda and moved.split("test")[0].is_cuda and moved.fingerprint == d.fingerprint and moved.mean_std[0].is_cuda
+
+
+def test_digits_are_split_once_and_without_overlap():
+    a, b = load("digits"), load("digits")
+    assert a.fingerprint == b.fingerprint and (len(a.train_labels), len(a.test_labels)) == (1000, 797)
+    assert a.train_images.dtype == torch.uint8 and a.train_images.shape[1:] == (1, 8, 8)
+    assert len(torch.cat([a.train_images, a.test_images]).flatten(1).unique(dim=0)) == 1797, "a test image is also a training image"
+    shares = a.test_labels.bincount() / a.train_labels.bincount()
+    assert shares.min() > .75 and shares.max() < .85

@@ -94,7 +94,7 @@ def test_the_teachers_part_is_computed_once_for_all_students_also_beside_one_tha
     look = Look(t, *more)
     for o in objectives:
         o(s, look, y)
-    assert len(calls) == 1, "RKD-D and RKD-A share the sides of the triangles: one call for all terms and students"
+    assert calls == ["RKDDistance"], "distances and angles share the sides of the triangles: once for both, not once a student"
 
 
 def test_parts_of_different_options_or_layers_are_not_mixed():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ddp_worker
-from helpers import Tiny, few_digits, same
+from helpers import Tiny, few_digits, figures, same
 from relkd.data import Batches
 from relkd.distill import PAPER_ROWS
 from relkd.records import load_records
@@ -53,7 +53,7 @@ def test_every_process_ends_with_equal_weights_buffers_and_figures(several, task
 def test_a_batch_norm_over_all_processes_is_one_over_the_whole_batch(several):
     n, _, ranks = several
     g = torch.Generator().manual_seed(0)
-    x, up = (torch.randn(12, 3, 4, 5, generator=g) * 3 + 100 for _ in range(2))
+    x, up = torch.randn(12, 3, 4, 5, generator=g) * 3 + 100, torch.randn(12, 3, 4, 5, generator=g)
     for k, options in enumerate(({}, {"momentum": None}, {"affine": False}, {"track_running_stats": False})):
         bn, whole = torch.nn.BatchNorm2d(3, **options), x.clone().requires_grad_()
         for _ in range(2):
@@ -69,7 +69,7 @@ def test_a_batch_norm_over_all_processes_is_one_over_the_whole_batch(several):
             if bn.track_running_stats:
                 torch.testing.assert_close(found[-1], tests[rank::n], rtol=1e-4, atol=1e-4)
         for p, of_ranks in zip((bn.weight, bn.bias) if bn.affine else (), zip(*(r["norms"][k][2:4] for r in ranks))):
-            torch.testing.assert_close(sum(of_ranks), p.grad, rtol=1e-3, atol=1e-2)
+            torch.testing.assert_close(sum(of_ranks), p.grad, rtol=1e-3, atol=1e-3)
 
 
 def test_a_run_of_several_processes_is_one_run(several):
@@ -79,7 +79,13 @@ def test_a_run_of_several_processes_is_one_run(several):
     for r in ranks:
         assert sorted(({k: v for k, v in x.items() if k not in ("seconds", "images_per_second")} for x in r["records"]), key=lambda x: x["row"]) == \
                sorted(({k: v for k, v in x.items() if k not in ("seconds", "images_per_second")} for x in on_disk), key=lambda x: x["row"])
-    assert not list((at / "out").rglob("group-*"))
+    assert not list(at.rglob("group-*"))
+
+
+def test_stopped_and_continued_is_not_stopped(several):
+    """The fault: each process had batch-norm statistics of its own, and a checkpoint held those of one."""
+    for r in several[2]:
+        assert figures(r["resumed"]) == figures(r["records"]) == figures(several[2][0]["records"])
 
 
 def test_a_batch_norm_that_cannot_be_synchronised_is_said(several):

@@ -15,12 +15,13 @@ from PIL import Image
 
 import relkd.tables.run as engine
 from data_helpers import one_line
-from helpers import After, Tiny, few_digits, few_shot_toy, figures, noisy, same, split_digits, tiny, toy
-from relkd.checkpoints import load_checkpoint, manifest_of, save_checkpoint
+from helpers import After, Tiny, few_shot_toy, figures, same, split_digits, tiny, toy
+from relkd.checkpoints import hold, load_checkpoint, manifest_of, save_checkpoint
+from relkd.data import load
 from relkd.distill import Row, Term
 from relkd.ground import digest, teacher_seed
 from relkd.records import load_records, write_record
-from relkd.tables.recipe import from_file
+from relkd.tables.recipe import from_file, recipe
 from relkd.tables.run import Experiment, run, trained
 from relkd.tasks.fewshot import FewShot, run_trials
 from relkd.train import Learner, Saver, Session, Stop, Stopped
@@ -295,8 +296,6 @@ def test_kill_minus_nine_and_go_on_bit_for_bit(tmp_path, relkd_cli):
 # --- refused in one line, before anything is trained
 
 def test_two_runs_in_one_folder(tmp_path, no_training):
-    from relkd.checkpoints import hold
-
     with hold(tmp_path / ".runs" / "toy"):
         one_line(lambda: run(toy(), session(tmp_path)), f"another run (process {os.getpid()}) is at work in {tmp_path}/.runs/toy: wait for it, or name another --out")
 
@@ -478,7 +477,7 @@ def test_the_teachers_weights_are_those_of_the_file_and_another_file_is_another_
 
 def test_a_folder_of_images_by_its_path(own, tmp_path):
     r = replace(from_file(own / "my_recipe.py"), data=str(own / "pets"), teacher_weights=None)
-    assert {x["protocol"]["data"]["fingerprint"] for x in run(r, session(tmp_path))} == {r.__class__ and Experiment(r, session(tmp_path)).data.fingerprint}
+    assert {x["protocol"]["data"]["fingerprint"] for x in run(r, session(tmp_path))} == {load(str(own / "pets")).fingerprint}
 
 
 def test_a_loss_that_changes_is_another_experiment(own, tmp_path):
@@ -487,4 +486,20 @@ def test_a_loss_that_changes_is_another_experiment(own, tmp_path):
     changed = tmp_path / "my_recipe.py"
     changed.write_text(MINE.replace("HERE = Path(__file__).parent", f"HERE = Path({str(own)!r})").replace(".abs().pow(p)", ".abs().pow(p + 1)"))
     one_line(lambda: run(from_file(changed), session(tmp_path)), "records of another protocol", "function-seed0.json")
-    assert noisy is not few_digits
+
+
+def test_all_rows_of_a_papers_recipe_run_on_a_small_set_in_the_publishers_layout(tmp_path):
+    folder, rng = tmp_path / "miniimagenet", np.random.default_rng(0)
+    (folder / "images").mkdir(parents=True)
+    for k, split in enumerate(("train", "val", "test")):
+        names = [f"n{k}{c}_{i}.jpg" for c in range(3) for i in range(5)]
+        for n in names:
+            Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8)).resize((84, 84)).save(folder / "images" / n)
+        (folder / f"{split}.csv").write_text("filename,label\n" + "\n".join(f"{n},{n.split('_')[0]}" for n in names))
+    paper = recipe("miniimagenet/paper")
+    one_line(lambda: run(paper, session(tmp_path / "out", root=tmp_path)), "20-way episodes need 20 classes; the train classes of miniimagenet have 3")
+    task = replace(paper.task, way=2, query=1, length=2, ways=(2,), test_query=2, test_episodes=8)
+    small = replace(paper, seeds=(0,), vary={"shot": (1,)}, schedule=paper.schedule.cut_to(1), task=task)
+    records = run(small, session(tmp_path / "out", root=tmp_path))
+    assert [r["row"] for r in records] == ["Teacher", "Student", "RKD-D", "RKD-DA", "FitNet", "Attention", "SP", "PKT"] and all(r["epochs"][0]["loss"] is not None for r in records)
+    assert len({r["weights"] for r in records}) == 8, "every term has a gradient"
