@@ -17,9 +17,11 @@ def reduce_proxies(
     similarity:torch.Tensor, # (N, C * P), the P proxies of a class side by side
     nb_proxy:int,            # P
 ) -> torch.Tensor: # (N, C). Raises ValueError if the columns do not divide by P
-    "One score a class: its proxies' similarities, summed with their own softmax as weights (Douillard et al. 2020, Sec. 3.3)."
+    """One score a class: its proxies' similarities, summed with their own softmax as weights.
+    Douillard et al. 2020, Sec. 3.3."""
     if similarity.dim() != 2 or nb_proxy < 1 or similarity.shape[1] % nb_proxy:
-        raise ValueError(f"reduce_proxies needs similarities (N, classes * nb_proxy); got {tuple(similarity.shape)} and nb_proxy = {nb_proxy}")
+        raise ValueError("reduce_proxies needs similarities (N, classes * nb_proxy); "
+                         f"got {tuple(similarity.shape)} and nb_proxy = {nb_proxy}")
     if nb_proxy == 1: return similarity
     z = similarity.unflatten(1, (-1, nb_proxy))
     return (z.softmax(2) * z).sum(2)
@@ -30,7 +32,8 @@ def _unit(e):
     return e / length.masked_fill(length <= 1e-8, float('inf'))    # a zero vector has no direction, and no gradient
 
 class CosineLinear(nn.Module):
-    "Linear layer on the unit sphere: cosines of the embedding with the classes' proxies, times a learned scale (Hou et al. 2019, Sec. 3.2)."
+    """Linear layer on the unit sphere: cosines of the embedding with the classes' proxies, times a learned scale.
+    Hou et al. 2019, Sec. 3.2."""
     def __init__(self,
         in_features:int,      # D of the embedding
         out_features:int,     # C, classes
@@ -40,8 +43,10 @@ class CosineLinear(nn.Module):
     ):
         super().__init__()
         if min(in_features, out_features, nb_proxy) < 1:
-            raise ValueError(f"CosineLinear needs at least one feature, class and proxy; got in_features = {in_features}, out_features = {out_features}, nb_proxy = {nb_proxy}")
-        self.in_features, self.out_features, self.nb_proxy, self.to_reduce = in_features, out_features, nb_proxy, to_reduce
+            raise ValueError("CosineLinear needs at least one feature, class and proxy; "
+                             f"got in_features = {in_features}, out_features = {out_features}, nb_proxy = {nb_proxy}")
+        self.in_features, self.out_features = in_features, out_features
+        self.nb_proxy, self.to_reduce = nb_proxy, to_reduce
         self.weight = nn.Parameter(torch.empty(out_features * nb_proxy, in_features))
         self.register_parameter('sigma', nn.Parameter(torch.empty(1)) if sigma else None)
         self.reset_parameters()
@@ -53,12 +58,15 @@ class CosineLinear(nn.Module):
 
     def forward(self,
         x:torch.Tensor, # (N, D) embeddings
-    ) -> torch.Tensor: # (N, C) or, with proxies that are not reduced, (N, C * P) logits, float32 at least. Raises ValueError on bad shapes
-        "Logits."
-        if x.dim() != 2 or x.shape[1] != self.in_features: raise ValueError(f"CosineLinear needs embeddings (N, {self.in_features}); got {tuple(x.shape)}")
+    ) -> torch.Tensor: # (N, C) or, with proxies that are not reduced, (N, C * P), float32 at least
+        "Logits. Raises ValueError on bad shapes."
+        if x.dim() != 2 or x.shape[1] != self.in_features:
+            raise ValueError(f"CosineLinear needs embeddings (N, {self.in_features}); got {tuple(x.shape)}")
         x, w = as_points(x), as_points(self.weight)
         with full_precision(x): z = F.linear(_unit(x), _unit(w).to(x.dtype))
         if self.to_reduce: z = reduce_proxies(z, self.nb_proxy)
         return z if self.sigma is None else self.sigma.to(z.dtype) * z
 
-    def extra_repr(self): return f'in_features={self.in_features}, out_features={self.out_features}, nb_proxy={self.nb_proxy}, to_reduce={self.to_reduce}, sigma={self.sigma is not None}'
+    def extra_repr(self):
+        return (f'in_features={self.in_features}, out_features={self.out_features}, nb_proxy={self.nb_proxy}, '
+                f'to_reduce={self.to_reduce}, sigma={self.sigma is not None}')

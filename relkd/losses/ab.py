@@ -15,7 +15,8 @@ from ..relations import full_precision
 
 # %% ../../nbs/losses/08_ab.ipynb #55a0927e
 class Connector(nn.Module):
-    "Brings the student's channels to the teacher's: a 1 x 1 convolution without bias and a batch normalisation, initialised as in the authors' code (Heo et al. 2019)."
+    """Brings the student's channels to the teacher's: a 1 x 1 convolution without bias and a batch normalisation.
+    Initialised as in the authors' code (Heo et al. 2019)."""
     def __init__(self,
         in_channels:int,  # C_S or D_S
         out_channels:int, # C_T or D_T
@@ -28,14 +29,21 @@ class Connector(nn.Module):
         s:torch.Tensor, # (N, C_S, H, W) or (N, D_S)
     ) -> torch.Tensor: # (N, C_T, H, W) or (N, D_T). Raises ValueError in training if a channel has one value only
         "The batch in the teacher's number of channels, before a ReLU."
-        f, norm, dtype = s if s.dim() == 4 else s[..., None, None], self.norm, torch.promote_types(s.dtype, self.weight.dtype)
-        if self.training and f.numel() == f.shape[1]: raise ValueError(f"a connector in training normalises over the batch and needs more than one value a channel; got {tuple(s.shape)}: use a larger batch, or loss.eval()")
+        f, norm = s if s.dim() == 4 else s[..., None, None], self.norm
+        dtype = torch.promote_types(s.dtype, self.weight.dtype)
+        if self.training and f.numel() == f.shape[1]:
+            raise ValueError("a connector in training normalises over the batch and needs more than one value a channel"
+                             f"; got {tuple(s.shape)}: use a larger batch, or loss.eval()")
         f = F.linear(f.to(dtype).movedim(1, -1), self.weight.to(dtype)).movedim(-1, 1)
         if norm.weight.dtype == dtype: f = norm(f)
         else:                                                      # the input is wider than the parameters
             mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
-            f = F.batch_norm(f, mean, var, norm.weight.to(dtype), norm.bias.to(dtype), norm.training, norm.momentum, norm.eps)
-            if norm.training: norm.running_mean.copy_(mean); norm.running_var.copy_(var); norm.num_batches_tracked.add_(1)
+            f = F.batch_norm(f, mean, var, norm.weight.to(dtype), norm.bias.to(dtype),
+                             norm.training, norm.momentum, norm.eps)
+            if norm.training:
+                norm.running_mean.copy_(mean)
+                norm.running_var.copy_(var)
+                norm.num_batches_tracked.add_(1)
         return f if s.dim() == 4 else f.flatten(1)
 
 # %% ../../nbs/losses/08_ab.ipynb #238a88d5
@@ -49,24 +57,31 @@ class PreActivationLoss(DistillationLoss):
         connector=None,     # True: at every layer; False: at none; None: where the channels differ
     ):
         super().__init__()
-        sizes, name = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)], type(self).__name__
+        sizes = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)]
+        name = type(self).__name__
         if len(sizes[0]) != len(sizes[1]) or not sizes[0] or min(sizes[0] + sizes[1]) < 1:
-            raise ValueError(f"{name} needs as many in_channels as out_channels, each at least 1; got {in_channels} and {out_channels}")
-        if connector is False and sizes[0] != sizes[1]: raise ValueError(f"{name} without connectors needs equal channels; got {in_channels} and {out_channels}")
-        if scale != 'mean' and not (isinstance(scale, (int, float)) and scale > 0): raise ValueError(f"{name} needs a positive scale, or 'mean'; got {scale!r}")
+            raise ValueError(f"{name} needs as many in_channels as out_channels, each at least 1; "
+                             f"got {in_channels} and {out_channels}")
+        if connector is False and sizes[0] != sizes[1]:
+            raise ValueError(f"{name} without connectors needs equal channels; got {in_channels} and {out_channels}")
+        if scale != 'mean' and not (isinstance(scale, (int, float)) and scale > 0):
+            raise ValueError(f"{name} needs a positive scale, or 'mean'; got {scale!r}")
         self.channels, self.scale, n = list(zip(*sizes)), scale, len(sizes[0])
-        self.layer_weights = [2.**(k - n + 1) for k in range(n)] if layer_weights is None else [float(w) for w in layer_weights]
-        if len(self.layer_weights) != n: raise ValueError(f"{name} needs one layer weight a layer; got {len(self.layer_weights)} for {n}")
-        self.connectors = nn.ModuleList(Connector(i, o) if connector or connector is None and i != o else nn.Identity() for i, o in self.channels)
+        if layer_weights is None: layer_weights = [2.**(k - n + 1) for k in range(n)]
+        self.layer_weights = [float(w) for w in layer_weights]
+        if len(self.layer_weights) != n:
+            raise ValueError(f"{name} needs one layer weight a layer; got {len(self.layer_weights)} for {n}")
+        self.connectors = nn.ModuleList(
+            Connector(i, o) if connector or connector is None and i != o else nn.Identity() for i, o in self.channels)
 
     @classmethod
     def from_features(cls,
-        student,   # an example of the student's layers before the ReLU, (N, C_S, H, W) or (N, D_S), or a list, the deepest last
-        teacher,   # of the teacher's
+        student,     # an example of the student's layers before the ReLU, (N, C_S, H, W) or (N, D_S), or a list
+        teacher,     # of the teacher's
         labels=None, # not needed
-        **options, # of the constructor
+        **options,   # of the constructor
     ) -> 'PreActivationLoss':
-        "The loss for layers of these shapes. Raises ValueError as the loss itself does."
+        "The loss for layers of these shapes, the deepest last. Raises ValueError as the loss itself does."
         pairs = as_map_pairs(student, teacher, cls.__name__, embeddings=True)
         return cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options)
 
@@ -75,21 +90,27 @@ class PreActivationLoss(DistillationLoss):
         teacher, # (N, C_T, H', W') or (N, D_T), or a list, before the ReLU: receives none; N the same
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the weighted sum over layers, float32 at least. Raises ValueError on bad shapes
-        pairs, name, total = as_map_pairs(student, teacher, type(self).__name__, embeddings=True), type(self).__name__, 0.
-        if len(pairs) != len(self.channels): raise ValueError(f"{name} was made for {len(self.channels)} layer(s); got {len(pairs)}")
+        name, total = type(self).__name__, 0.
+        pairs = as_map_pairs(student, teacher, name, embeddings=True)
+        if len(pairs) != len(self.channels):
+            raise ValueError(f"{name} was made for {len(self.channels)} layer(s); got {len(pairs)}")
         for k, (s, t) in enumerate(pairs):
             if (got := (s.shape[1], t.shape[1])) != self.channels[k]:
-                raise ValueError("{} was made for {} student and {} teacher channels; got {} and {}: {}.from_features reads them from an example".format(name, *self.channels[k], *got, name))
+                (made_s, made_t), (got_s, got_t) = self.channels[k], got
+                raise ValueError(f"{name} was made for {made_s} student and {made_t} teacher channels; "
+                                 f"got {got_s} and {got_t}: {name}.from_features reads them from an example")
             with full_precision(s):
                 s = self.connectors[k](s)
-                total = total + self.distance(s, t.to(s.dtype), k) * (self.layer_weights[k] * (1 / s.numel() if self.scale == 'mean' else self.scale / s.shape[0]))
+                scale = 1 / s.numel() if self.scale == 'mean' else self.scale / s.shape[0]
+                total = total + self.distance(s, t.to(s.dtype), k) * (self.layer_weights[k] * scale)
         return total
 
     def extra_repr(self): return f"scale={self.scale!r}, layer_weights={self.layer_weights}"
 
 # %% ../../nbs/losses/08_ab.ipynb #2cc0d7b0
 class AB(PreActivationLoss):
-    "Squared hinge between the student's pre-activations and the signs of the teacher's (Heo et al., AAAI 2019, the alternative loss; weights as in the authors' CIFAR code)."
+    """Squared hinge between the student's pre-activations and the signs of the teacher's (Heo et al., AAAI 2019).
+    The paper's alternative loss; weights as in the authors' CIFAR code."""
     def __init__(self,
         in_channels,        # C_S or D_S, of the student's layer; a list for several layers, the deepest last
         out_channels,       # C_T or D_T, of the teacher's; a list of as many

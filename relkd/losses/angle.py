@@ -18,20 +18,27 @@ from ..relations import as_points, full_precision
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #5abfa8ec
 class Sides(NamedTuple):
-    "The squared distances of a batch: all that RKD's losses need of a teacher, so that one teacher serves many students."
+    "The squared distances of a batch: all that RKD's losses need of a teacher; one teacher serves many students."
     q:torch.Tensor # (N, N), float64, 0 for equal points; mean 1 unless all points are equal
 
 def _measure(*batches):
-    "Points, their squared distances divided by the mean of all, and these means: float64; a list of (N, D), (B, N, N), (B, 1, 1)."
-    points = [b.double() for b in batches]; n = points[0].shape[0]; q = points[0].new_empty(len(points), n, n)
+    """Points, their squared distances divided by the mean of all, and these means.
+    In float64: a list of (N, D), (B, N, N), (B, 1, 1)."""
+    points = [b.double() for b in batches]
+    n = points[0].shape[0]
+    q = points[0].new_empty(len(points), n, n)
     for e, x in zip(points, q): torch.mm(e, e.t(), out=x)
-    diagonal = q.diagonal(dim1=1, dim2=2); norm2 = diagonal.clone()
-    q.mul_(-2).add_(norm2[:, :, None]).add_(norm2[:, None]); diagonal.fill_(float('inf'))
-    if q.is_cuda or not (q.amin((1, 2)) >= 1e-6 * norm2.amax(1)).all():                                     # on a GPU asking would cost more than doing
+    diagonal = q.diagonal(dim1=1, dim2=2)
+    norm2 = diagonal.clone()
+    q.mul_(-2).add_(norm2[:, :, None]).add_(norm2[:, None])
+    diagonal.fill_(float('inf'))
+    if q.is_cuda or not (q.amin((1, 2)) >= 1e-6 * norm2.amax(1)).all():    # on a GPU asking would cost more than doing
         points = [e - e.mean(0) for e in points]
         for e, x in zip(points, q): x.copy_(torch.cdist(e, e, compute_mode='donot_use_mm_for_euclid_dist').square_())
-        diagonal.fill_(0); q.masked_fill_(q < 1e-16 * q.mean((1, 2), keepdim=True), 0)
-    diagonal.fill_(0); scale = q.mean((1, 2), keepdim=True).clamp_(min=1e-300)
+        diagonal.fill_(0)
+        q.masked_fill_(q < 1e-16 * q.mean((1, 2), keepdim=True), 0)
+    diagonal.fill_(0)
+    scale = q.mean((1, 2), keepdim=True).clamp_(min=1e-300)
     return points, q.div_(scale), scale
 
 def sides(
@@ -53,7 +60,7 @@ def amplification(
     return (q.sum(-1) * _reciprocal(q).sum(-1)).sqrt() / q.shape[-1]
 
 def _rough(near):
-    "Which anchors need float64; None if none does, often known from the least and the greatest side. Near sides: (2, A, N)."
+    "Which anchors need float64; None if none does, as the extreme sides often tell. Near sides: (2, A, N)."
     near = near.float()
     if not near.is_cuda and near.amax() * _reciprocal(near).amax() <= LIMIT**2: return None
     rough = (amplification(near) > LIMIT).any(0)
@@ -61,10 +68,14 @@ def _rough(near):
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #fd48440a
 def _tile(pi, pk, ri, rk, q, ai, ak, ui, uk, z, on_diagonal):
-    "A tile as one expression, for torch.compile: near sides and inverse distances (b, I) and (b, K), far sides (I, K); of the teacher, the near sides times the inverse distances."
+    """A tile as one expression, for torch.compile.
+    Near sides and inverse distances (b, I) and (b, K), far sides (I, K);
+    of the teacher, the near sides times the inverse distances."""
     W, X = ri[:, :, None] * rk[:, None], pi[:, :, None] + pk[:, None] - q
     delta = W * X - ai[:, :, None] * uk[:, None] - ui[:, :, None] * (ak[:, None] - uk[:, None] * z)
-    h = delta.clamp(-1, 1); V = h * W; A = V * X
+    h = delta.clamp(-1, 1)
+    V = h * W
+    A = V * X
     both = (h * (delta - .5 * h)).sum(), V.sum(0), V.sum(2), A.sum(2)
     return both if on_diagonal else (*both, V.sum(1), A.sum(1))
 
@@ -76,23 +87,29 @@ def _fused():
 
 _kept = threading.local()
 class _Buffers:
-    "The same tile with every intermediate in memory that is used again, by the next block and by the next call: fresh memory would cost more than the arithmetic."
+    """The same tile with every intermediate in memory that is used again, by the next block and by the next call.
+    Fresh memory would cost more than the arithmetic."""
     def __init__(self, like, size):
         kept, key = _kept.__dict__, (like.dtype, like.device)
-        if key not in kept or kept[key].shape[1] < size: kept[key] = torch.empty(4, size, dtype=like.dtype, device=like.device)
+        if key not in kept or kept[key].shape[1] < size:
+            kept[key] = torch.empty(4, size, dtype=like.dtype, device=like.device)
         self.store = kept[key]
 
     def __call__(self, pi, pk, ri, rk, q, ai, ak, ui, uk, z, on_diagonal):
         shape = len(pi), pi.shape[1], pk.shape[1]
         W, E, X, H = self.store[:, :shape[0] * shape[1] * shape[2]].view(4, *shape)
-        torch.mul(ui[:, :, None], uk[:, None], out=E); E.mul_(z)                                           # minus the teacher's cosine:
-        E.baddbmm_(torch.stack([ai, ui], 2), torch.stack([uk, ak], 1), alpha=-1)                           # u_i u_k (z - t_i - t_k), with a = t u
+        torch.mul(ui[:, :, None], uk[:, None], out=E)
+        E.mul_(z)    # minus the teacher's cosine: u_i u_k (z - t_i - t_k), with a = t u
+        E.baddbmm_(torch.stack([ai, ui], 2), torch.stack([uk, ak], 1), alpha=-1)
         torch.mul(ri[:, :, None], rk[:, None], out=W)
-        torch.sub(pi[:, :, None], q, out=X); X.add_(pk[:, None])
-        E.addcmul_(W, X)                                                                                   # delta
+        torch.sub(pi[:, :, None], q, out=X)
+        X.add_(pk[:, None])
+        E.addcmul_(W, X)    # delta
         torch.clamp(E, -1, 1, out=H)
-        E.sub_(H, alpha=.5).mul_(H); loss = E.sum()
-        H.mul_(W); X.mul_(H)                                                                               # V and V X
+        E.sub_(H, alpha=.5).mul_(H)
+        loss = E.sum()
+        H.mul_(W)    # V
+        X.mul_(H)    # V X
         both = loss, H.sum(0), H.sum(2), X.sum(2)
         return both if on_diagonal else (*both, H.sum(1), X.sum(1))
 
@@ -104,25 +121,41 @@ def _cube(
     compiled,   # tiles by torch.compile?
 ): # sum of the Huber losses, float64; M (N, N), v (A, N), w (A, N) in `dtype`
     "All cosines at these vertices, compared and differentiated, a block at a time."
-    n, a = both.shape[1], len(anchors); parts = max(1, round(n / 64)); side = -(-n // parts)
+    n, a = both.shape[1], len(anchors)
+    parts = max(1, round(n / 64))
+    side = -(-n // parts)
     block = max(1, min(a, 2**21 // dtype.itemsize // side**2))
-    both = both.to(dtype); q, z = both; roots = _reciprocal(both).mul_(.5).sqrt_()                          # 1 / distance, with the factor 1/2 of the law of cosines
+    both = both.to(dtype)
+    q, z = both
+    roots = _reciprocal(both).mul_(.5).sqrt_()    # 1 / distance, with the factor 1/2 of the law of cosines
     one = _fused() if compiled else _Buffers(q, block * side * side)
-    def at(I, K, p, r, a, u): return one(p[:, I], p[:, K], r[:, I], r[:, K], q[I, K], a[:, I], a[:, K], u[:, I], u[:, K], z[I, K], I is K)
+    def at(I, K, p, r, a, u):
+        return one(p[:, I], p[:, K], r[:, I], r[:, K], q[I, K], a[:, I], a[:, K], u[:, I], u[:, K], z[I, K], I is K)
     def near(j):
-        J = anchors[j:j + block]; J = slice(J.start, J.stop, J.step) if isinstance(J, range) else J; r, u = roots[:, J]
+        J = anchors[j:j + block]
+        if isinstance(J, range): J = slice(J.start, J.stop, J.step)
+        r, u = roots[:, J]
         rows = q[J], r, z[J] * u, u
-        return [x.clone() for x in rows] if compiled else rows                                              # torch.compile would make a program for every place in memory
+        return [x.clone() for x in rows] if compiled else rows    # or torch.compile makes a program for each address
     cuts = [slice(i, min(i + side, n)) for i in range(0, n, side)]
-    if block == a and parts == 1: loss, *tables = at(cuts[0], cuts[0], *near(0)); return loss.double(), *tables
-    M, v, w, loss = torch.zeros_like(q), q.new_zeros(a, n), q.new_zeros(a, n), torch.zeros((), dtype=torch.float64, device=q.device)
+    if block == a and parts == 1:
+        loss, *tables = at(cuts[0], cuts[0], *near(0))
+        return loss.double(), *tables
+    M, v, w = torch.zeros_like(q), q.new_zeros(a, n), q.new_zeros(a, n)
+    loss = torch.zeros((), dtype=torch.float64, device=q.device)
     for j in range(0, a, block):
         rows, vj, wj = near(j), v[j:j + block], w[j:j + block]
         for x, I in enumerate(cuts):
             for K in cuts[x:]:
                 l, m, vi, wi, *other = at(I, K, *rows)
-                M[I, K].add_(m); vj[:, I].add_(vi); wj[:, I].add_(wi); loss.add_(l, alpha=1 if I is K else 2)
-                if other: M[K, I].add_(m.t()); vj[:, K].add_(other[0]); wj[:, K].add_(other[1])
+                M[I, K].add_(m)
+                vj[:, I].add_(vi)
+                wj[:, I].add_(wi)
+                loss.add_(l, alpha=1 if I is K else 2)
+                if other:
+                    M[K, I].add_(m.t())
+                    vj[:, K].add_(other[0])
+                    wj[:, K].add_(other[1])
     return loss, M, v, w
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #d44d117c
@@ -133,17 +166,32 @@ def _on_gpu(q, z, anchors, rough):
     from relkd.losses import angle_triton
     if not angle_triton.available(): return None
     try: return angle_triton.cube(q, z, anchors, rough)
-    except Exception as error: _broken.append(error); warnings.warn(f"RKDAngle's Triton kernel does not run here ({type(error).__name__}: {str(error)[:80]!r}); PyTorch's blocks are used")
+    except Exception as error:
+        _broken.append(error)
+        warnings.warn(f"RKDAngle's Triton kernel does not run here ({type(error).__name__}: {str(error)[:80]!r}); "
+                      "PyTorch's blocks are used")
 
-def loss_and_gradient(student:torch.Tensor, teacher:torch.Tensor, known:bool, distinct:bool, start:int, step:int, compiled:bool) -> tuple[torch.Tensor, torch.Tensor]:
-    "Mean Huber loss of the cosines, and its gradient with respect to the student; `known`: the teacher is given by its sides."
-    n = student.shape[0]; anchors = range(start, n, step)
+def loss_and_gradient(
+    student:torch.Tensor, # (N, D_S), float32 or float64
+    teacher:torch.Tensor, # (N, D_T), or, if `known`, its sides (N, N)
+    known:bool,           # is the teacher given by its sides?
+    distinct:bool,        # mean over triplets of distinct samples?
+    start:int,            # the first vertex
+    step:int,             # from one vertex to the next
+    compiled:bool,        # tiles by torch.compile?
+) -> tuple[torch.Tensor, torch.Tensor]: # 0-dim, and (N, D_S)
+    "Mean Huber loss of the cosines, and its gradient with respect to the student."
+    n = student.shape[0]
+    anchors = range(start, n, step)
     with full_precision(student):
         (e, *_), both, (scale, *_) = _measure(student) if known else _measure(student, teacher)
         if known: both = torch.cat([both, teacher[None]])
-        near = both[:, start::step]; rough = _rough(near) if student.dtype == torch.float32 else torch.ones(len(anchors), dtype=torch.bool, device=e.device)
-        diagonal = .5 * ((near[0] > 0) != (near[1] > 0)).sum() if distinct else 0.                         # i = k: the cosine is 1 or, without a direction, 0
-        if rough is None: both = both.float()                                                              # from here on float32 will do
+        near = both[:, start::step]
+        if student.dtype == torch.float32: rough = _rough(near)
+        else: rough = torch.ones(len(anchors), dtype=torch.bool, device=e.device)
+        # i = k: the cosine is 1 or, without a direction, 0
+        diagonal = .5 * ((near[0] > 0) != (near[1] > 0)).sum() if distinct else 0.
+        if rough is None: both = both.float()    # from here on float32 will do
         else: which = torch.arange(start, n, step, device=e.device)
         del near
         if rough is not None and (found := _on_gpu(*both, which, rough)): loss, M, v, w = found
@@ -153,11 +201,19 @@ def loss_and_gradient(student:torch.Tensor, teacher:torch.Tensor, known:bool, di
             v, w, (loss, M) = both.new_empty(len(which), n), both.new_empty(len(which), n), (0., 0.)
             for part, dtype in ((~rough, torch.float32), (rough, torch.float64)):
                 l, m, *vw = _cube(both, which[part], dtype, compiled)
-                loss, M = loss + l, M + m.double(); v[part], w[part] = (x.double() for x in vw)
-        S = M.neg_().to(v.dtype); S[start::step].add_(v, alpha=2).sub_(w.mul_(_reciprocal(both[0, start::step].to(w.dtype))))
-        del M, v, w, both; S += S.t().clone(); gradient = torch.empty_like(student)
-        count = (n * (n - 1) * (n - 2) if distinct else n**3) / step; factor = -2 / (count * scale)        # each of `step` processes has its share of the anchors
-        for i in range(0, n, 512): rows = S[i:i + 512].double(); rows.diagonal(i).sub_(rows.sum(1)); gradient[i:i + 512] = rows.mul_(factor) @ e
+                loss, M = loss + l, M + m.double()
+                v[part], w[part] = (x.double() for x in vw)
+        S = M.neg_().to(v.dtype)
+        S[start::step].add_(v, alpha=2).sub_(w.mul_(_reciprocal(both[0, start::step].to(w.dtype))))
+        del M, v, w, both
+        S += S.t().clone()
+        gradient = torch.empty_like(student)
+        count = (n * (n - 1) * (n - 2) if distinct else n**3) / step    # each of `step` processes has its share
+        factor = -2 / (count * scale)
+        for i in range(0, n, 512):
+            rows = S[i:i + 512].double()
+            rows.diagonal(i).sub_(rows.sum(1))
+            gradient[i:i + 512] = rows.mul_(factor) @ e
         return ((loss - diagonal) / count).to(student.dtype), gradient
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #d3c8909b
@@ -168,7 +224,8 @@ def _(student, teacher, known, distinct, start, step, compiled): return student.
 
 def _keep(ctx, inputs, output): ctx.save_for_backward(output[1])
 def _backward(ctx, of_loss, of_gradient):
-    if torch.is_grad_enabled(): raise RuntimeError("RKDAngle's gradient is made by hand and cannot be differentiated again")
+    if torch.is_grad_enabled():
+        raise RuntimeError("RKDAngle's gradient is made by hand and cannot be differentiated again")
     return ctx.saved_tensors[0] * of_loss, None, None, None, None, None, None
 _angle_loss.register_autograd(_backward, setup_context=_keep)
 
@@ -180,9 +237,10 @@ def angle_loss(
     anchors:tuple=(0, 1),  # (rank, R): only every R-th vertex from `rank`, times R; the mean over the ranks is the loss
     compiled:bool=False,   # fuse each block with torch.compile: needs a compiler, and some seconds at the first call
 ) -> torch.Tensor: # 0-dim
-    "RKD-A with its gradient, in memory of order N^2 (Park et al. 2019, Sec. 3.2); shapes are not checked, RKDAngle does."
+    "RKD-A with its gradient, in memory of order N^2 (Park et al. 2019, Sec. 3.2); RKDAngle is what checks shapes."
     known = isinstance(teacher, Sides)
     teacher = teacher.q if known else teacher.detach()
     if torch.compiler.is_compiling(): return _angle_loss(student, teacher, known, distinct, *anchors, compiled)[0]
     with torch.no_grad(): loss, gradient = loss_and_gradient(student, teacher, known, distinct, *anchors, compiled)
-    return known_gradient(student, loss, gradient, 'RKDAngle', 'use smooth_l1_loss of relkd.relations.angles for that')   # without the operator's overhead
+    instead = 'use smooth_l1_loss of relkd.relations.angles for that'
+    return known_gradient(student, loss, gradient, 'RKDAngle', instead)    # without the operator's overhead

@@ -14,42 +14,54 @@ except ImportError: triton = None
 
 # %% ../../nbs/losses/22_angle_triton.ipynb #4d55e63b
 def available() -> bool:
-    "Is Triton here? On a CPU only its interpreter runs the kernel: a process with TRITON_INTERPRET=1 before Triton's import."
+    "Is Triton here? On a CPU only its interpreter runs the kernel: TRITON_INTERPRET=1 before Triton's import."
     return triton is not None
 
 if triton is not None:
     @triton.jit
-    def _box(q, r, z, u, order, split, loss, M, v, w, n, a, per, BJ: tl.constexpr, BI: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, SECOND: tl.constexpr):
+    def _box(q, r, z, u, order, split, loss, M, v, w, n, a, per, BJ: tl.constexpr, BI: tl.constexpr,
+             BK: tl.constexpr, T: tl.constexpr, SECOND: tl.constexpr):
         block, part = tl.program_id(0), tl.program_id(1)
-        exact = tl.load(split)                                                     # positions from here on are for the launch in float64
+        exact = tl.load(split)    # positions from here on are for the launch in float64
         lo, hi = part * per, tl.minimum(part * per + per, a)
         if SECOND: lo = tl.maximum(lo, exact)
         else: hi = tl.minimum(hi, exact)
-        i = block * BI + tl.arange(0, BI); of_i = i < n
+        i = block * BI + tl.arange(0, BI)
+        of_i = i < n
         total = tl.zeros((BJ, BI, BK), T)
         for first in range(lo, hi, BJ):
-            at = first + tl.arange(0, BJ); of_j = at < hi
-            row = tl.load(order + at, mask=of_j, other=0); j = tl.load(order + a + at, mask=of_j, other=0)
-            ji = j[:, None].to(tl.int64) * n + i[None, :]; of_ji = of_j[:, None] & of_i[None, :]
+            at = first + tl.arange(0, BJ)
+            of_j = at < hi
+            row = tl.load(order + at, mask=of_j, other=0)
+            j = tl.load(order + a + at, mask=of_j, other=0)
+            ji = j[:, None].to(tl.int64) * n + i[None, :]
+            of_ji = of_j[:, None] & of_i[None, :]
             pi, ri = tl.load(q + ji, mask=of_ji, other=0.), tl.load(r + ji, mask=of_ji, other=0.)
             ti, ui = tl.load(z + ji, mask=of_ji, other=0.), tl.load(u + ji, mask=of_ji, other=0.)
             vs, ws = tl.zeros((BJ, BI, BK), T), tl.zeros((BJ, BI, BK), T)
             for start in range(0, n, BK):
-                k = start + tl.arange(0, BK); of_k = k < n
-                jk = j[:, None].to(tl.int64) * n + k[None, :]; of_jk = of_j[:, None] & of_k[None, :]
-                ik = i[:, None].to(tl.int64) * n + k[None, :]; of_ik = of_i[:, None] & of_k[None, :]
+                k = start + tl.arange(0, BK)
+                of_k = k < n
+                jk = j[:, None].to(tl.int64) * n + k[None, :]
+                of_jk = of_j[:, None] & of_k[None, :]
+                ik = i[:, None].to(tl.int64) * n + k[None, :]
+                of_ik = of_i[:, None] & of_k[None, :]
                 pk, rk = tl.load(q + jk, mask=of_jk, other=0.), tl.load(r + jk, mask=of_jk, other=0.)
                 tk, uk = tl.load(z + jk, mask=of_jk, other=0.), tl.load(u + jk, mask=of_jk, other=0.)
-                W = ri[:, :, None] * rk[:, None, :]; X = pi[:, :, None] + pk[:, None, :] - tl.load(q + ik, mask=of_ik, other=0.)[None]
-                delta = W * X - ui[:, :, None] * uk[:, None, :] * (ti[:, :, None] + tk[:, None, :] - tl.load(z + ik, mask=of_ik, other=0.)[None])
+                W = ri[:, :, None] * rk[:, None, :]
+                X = pi[:, :, None] + pk[:, None, :] - tl.load(q + ik, mask=of_ik, other=0.)[None]
+                delta = W * X - ui[:, :, None] * uk[:, None, :] * (
+                    ti[:, :, None] + tk[:, None, :] - tl.load(z + ik, mask=of_ik, other=0.)[None])
                 h = tl.minimum(tl.maximum(delta, -1.), 1.)
                 total += h * (delta - .5 * h)
                 V = h * W
-                vs += V; ws += V * X
+                vs += V
+                ws += V * X
                 mine = M + part.to(tl.int64) * n * n + ik
                 tl.store(mine, tl.load(mine, mask=of_ik, other=0.) + tl.sum(V, 0), mask=of_ik)
             out = row[:, None].to(tl.int64) * n + i[None, :]
-            tl.store(v + out, tl.sum(vs, 2), mask=of_ji); tl.store(w + out, tl.sum(ws, 2), mask=of_ji)
+            tl.store(v + out, tl.sum(vs, 2), mask=of_ji)
+            tl.store(w + out, tl.sum(ws, 2), mask=of_ji)
         tl.store(loss + block * tl.num_programs(1) + part, tl.sum(tl.sum(tl.sum(total, 2), 1), 0))
 
 # %% ../../nbs/losses/22_angle_triton.ipynb #ddf6899f
@@ -61,16 +73,24 @@ def cube(
     box:tuple=(8, 16, 32),# anchors (half as many in float64), points i and points k a step, powers of 2
 ) -> tuple: # loss () float64, M (N, N), v (A, N), w (A, N)
     "Sum of the Huber losses of all cosines at these vertices, and the tables of its gradient."
-    n, a = len(q), len(anchors); blocks = triton.cdiv(n, box[1])
-    parts = max(1, min(8, triton.cdiv(a, box[0]), 2048 // blocks)); per = triton.cdiv(triton.cdiv(a, parts), box[0]) * box[0]
+    n, a = len(q), len(anchors)
+    blocks = triton.cdiv(n, box[1])
+    parts = max(1, min(8, triton.cdiv(a, box[0]), 2048 // blocks))
+    per = triton.cdiv(triton.cdiv(a, parts), box[0]) * box[0]
     place = exact.to(torch.int32).argsort(stable=True)
     order, split = torch.cat([place, anchors[place]]).to(torch.int32), (~exact).sum().to(torch.int32).view(1)
     loss, M = torch.zeros(2, blocks * parts, dtype=torch.float64, device=q.device), 0.
     v, w = q.new_zeros(a, n), q.new_zeros(a, n)
     for second, dtype in enumerate((torch.float32, torch.float64)):
-        x, y = q.to(dtype), z.to(dtype); r, u = (torch.where(t > 0, t.rsqrt(), 0.).mul_(.5**.5) for t in (x, y))
+        x, y = q.to(dtype), z.to(dtype)
+        r, u = (torch.where(t > 0, t.rsqrt(), 0.).mul_(.5**.5) for t in (x, y))
         m, one = q.new_zeros(parts, n, n, dtype=dtype), torch.zeros(blocks * parts, dtype=dtype, device=q.device)
         vs, ws = (q.new_zeros(a, n, dtype=dtype) for _ in range(2))
-        _box[blocks, parts](x, r, y, u, order, split, one, m, vs, ws, n, a, per, max(1, box[0] // (1 + second)), *box[1:], tl.float64 if second else tl.float32, bool(second), num_warps=8)
-        loss[second] = one; M = M + m.sum(0, dtype=torch.float64); v += vs; w += ws
+        _box[blocks, parts](
+            x, r, y, u, order, split, one, m, vs, ws, n, a, per, max(1, box[0] // (1 + second)), *box[1:],
+            tl.float64 if second else tl.float32, bool(second), num_warps=8)
+        loss[second] = one
+        M = M + m.sum(0, dtype=torch.float64)
+        v += vs
+        w += ws
     return loss.sum(), M, v, w

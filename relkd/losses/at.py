@@ -18,14 +18,16 @@ def attention(
     p:float=2.,        # power of |F|, at least 1
     eps:float=1e-5,    # a map whose activations are nowhere larger than this looks nowhere
 ) -> torch.Tensor: # (N, H * W), each row of length 1 and nowhere negative, or 0 throughout
-    "Where a layer looks: mean over the channels of |F|^p, normalised for each sample (Zagoruyko & Komodakis 2017, activation-based attention)."
+    """Where a layer looks: mean over the channels of |F|^p, normalised for each sample.
+    Activation-based attention (Zagoruyko & Komodakis 2017)."""
     f = f.abs()
     peak = f.detach().amax((1, 2, 3), keepdim=True)           # cancels in the normalisation, its gradient too
     return F.normalize((f / peak.masked_fill(peak <= eps, float('inf'))).pow(p).mean(1).flatten(1))
 
 # %% ../../nbs/losses/03_at.ipynb #cb288d35
 class AT(DistillationLoss):
-    "Mean squared difference of the normalised attention maps (Zagoruyko & Komodakis 2017, Eq. 2 as in the authors' code: squares and a mean)."
+    """Mean squared difference of the normalised attention maps (Zagoruyko & Komodakis 2017, Eq. 2).
+    As in the authors' code: squares and a mean."""
     def __init__(self,
         p:float=2., # power of |F|, at least 1; the larger, the more the map is its hottest position
     ):
@@ -37,7 +39,8 @@ class AT(DistillationLoss):
         student, # (N, C_S, H, W), or a list of maps: receives the gradient
         teacher, # (N, C_T, H', W'), or a list of as many: receives none; N the same
         index=None, # not needed
-    ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 2 / (H * W), float32 at least. Raises ValueError on bad shapes
+    ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 2 / (H * W), float32 at least
+        "Raises ValueError on bad shapes."
         return sum(self._one(s, t) for s, t in as_map_pairs(student, teacher, 'AT'))
 
     def _one(self, s, t):

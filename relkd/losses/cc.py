@@ -22,10 +22,14 @@ def correlation(
     normalise:bool=True,   # embeddings to length 1, which the series takes for granted
     eps:float=1e-5,        # an embedding of this length or less has no direction
 ) -> torch.Tensor: # (N, N), symmetric, float32 at least
-    "The correlation of every two samples of a batch (Peng et al. 2019). Raises ValueError unless (N, D), and on an option that makes no sense."
-    if kernel not in ('gaussian', 'bilinear', 'mmd'): raise ValueError(f"CC needs the kernel 'gaussian', 'bilinear' or 'mmd'; got {kernel!r}")
+    """The correlation of every two samples of a batch (Peng et al. 2019).
+    Raises ValueError unless (N, D), and on an option that makes no sense."""
+    if kernel not in ('gaussian', 'bilinear', 'mmd'):
+        raise ValueError(f"CC needs the kernel 'gaussian', 'bilinear' or 'mmd'; got {kernel!r}")
     if not 0 < gamma < float('inf'): raise ValueError(f"CC needs a positive gamma; got gamma = {gamma}")
-    if order is not None and not (isinstance(order, int) and order >= 1): raise ValueError(f"CC needs a whole order of at least 1, or None for the exact kernel; got order = {order}")
+    if order is not None and not (isinstance(order, int) and order >= 1):
+        raise ValueError("CC needs a whole order of at least 1, or None for the exact kernel; "
+                         f"got order = {order}")
     e = as_points(e)
     if normalise:
         length = torch.linalg.vector_norm(e, dim=1, keepdim=True)
@@ -41,7 +45,8 @@ def correlation(
 
 # %% ../../nbs/losses/05_cc.ipynb #aead86c6
 class CC(DistillationLoss):
-    "Mean squared difference of the two networks' correlation matrices (Peng et al. 2019, Gaussian RBF kernel as its Taylor series)."
+    """Mean squared difference of the two networks' correlation matrices (Peng et al. 2019).
+    The paper's Gaussian RBF kernel as its Taylor series."""
     def __init__(self,
         kernel:str='gaussian', # 'gaussian', 'bilinear' (cosines) or 'mmd' (distances)
         gamma:float=.4,        # of the Gaussian kernel, positive
@@ -62,4 +67,5 @@ class CC(DistillationLoss):
 
     def extra_repr(self):
         kernel, gamma, order, normalise = self.options.values()
-        return f"kernel={kernel!r}" + (f", gamma={gamma:g}, order={order}" if kernel == 'gaussian' else '') + ('' if normalise else ', normalise=False')
+        options = f", gamma={gamma:g}, order={order}" if kernel == 'gaussian' else ''
+        return f"kernel={kernel!r}" + options + ('' if normalise else ', normalise=False')

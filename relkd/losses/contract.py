@@ -20,24 +20,28 @@ class DistillationLoss(_Loss):
 
     A subclass calls `super().__init__()` and writes `forward`. The rest has defaults.
 
-    `forward(student, teacher, index=None)` gives a tensor of 0 dimensions. Each side is the tensor of a layer, or a list of
-    tensors where several layers are read; `teacher` may also be what `teacher_part` made of it. The gradient goes to the student
-    and to the loss's own parameters, never to the teacher. `index`, (N,) int64, says which training samples these are, from 0
-    to n - 1: it is always handed over by an engine, and ignored by a loss that does not remember samples. Everything is
-    computed in float32 at least. Bad input raises a ValueError of one line: what was given, what is needed, what to do.
+    `forward(student, teacher, index=None)` gives a tensor of 0 dimensions. Each side is the tensor of a layer, or a
+    list of tensors where several layers are read; `teacher` may also be what `teacher_part` made of it. The gradient
+    goes to the student and to the loss's own parameters, never to the teacher. `index`, (N,) int64, says which training
+    samples these are, from 0 to n - 1: it is always handed over by an engine, and ignored by a loss that does not
+    remember samples. Everything is computed in float32 at least. Bad input raises a ValueError of one line: what was
+    given, what is needed, what to do.
 
-    `from_features(student, teacher, labels=None, **options)`, a class method, makes the loss for layers like these examples.
-    By default it is `cls(**options)`; a loss with trainable parts reads their shapes from the examples, one that remembers
-    the training samples reads their number, or their classes, from `labels`, (n,) int64.
+    `from_features(student, teacher, labels=None, **options)`, a class method, makes the loss for layers like these
+    examples. By default it is `cls(**options)`; a loss with trainable parts reads their shapes from the examples, one
+    that remembers the training samples reads their number, or their classes, from `labels`, (n,) int64.
 
-    `teacher_part(teacher)` is what the loss reads of a teacher's layer: computed once a batch, without gradient, and handed to
-    all students. By default the layer itself. `part_name` is its name: losses of equal `part_name` share one part a layer, so
-    the name says all that the part depends on, options included. None, the default: there is no part, nothing is kept.
+    `teacher_part(teacher)` is what the loss reads of a teacher's layer: computed once a batch, without gradient, and
+    handed to all students. By default the layer itself. `part_name` is its name: losses of equal `part_name` share one
+    part a layer, so the name says all that the part depends on, options included. None, the default: there is no part,
+    nothing is kept.
 
-    `prepare(student, teacher, index=None)` is what a first stage minimises, where a method has one. By default `forward`.
+    `prepare(student, teacher, index=None)` is what a first stage minimises, where a method has one. By default
+    `forward`.
 
-    `split(rank, processes)` is told once, before training, where each of several processes sees the whole batch: a loss whose
-    work can be divided computes a share from then on, such that the mean over the processes is the loss. By default nothing.
+    `split(rank, processes)` is told once, before training, where each of several processes sees the whole batch: a loss
+    whose work can be divided computes a share from then on, such that the mean over the processes is the loss. By
+    default nothing.
     """
     part_name = None
 
@@ -82,7 +86,7 @@ class DistillationLoss(_Loss):
 def without_graph(
     t:torch.Tensor, # of a teacher
 ) -> torch.Tensor: # the same numbers: no gradient goes through
-    "A teacher's tensor as a loss may use it, whether it was computed under `no_grad`, under `inference_mode` or with a graph."
+    "A teacher's tensor as a loss may use it, computed under `no_grad`, under `inference_mode` or with a graph."
     return t.clone() if not torch.compiler.is_compiling() and t.is_inference() else t.detach()
 
 def as_pair(
@@ -100,7 +104,8 @@ def as_pair(
     if ns != nt:
         raise ValueError(f"{loss} needs student and teacher embeddings of the same samples; got N = {ns} and N = {nt}")
     if ns < least:
-        raise ValueError(f"{loss} needs at least {least} samples in a batch; got N = {ns}: use a larger batch, or drop_last=True")
+        raise ValueError(f"{loss} needs at least {least} samples in a batch; got N = {ns}: "
+                         "use a larger batch, or drop_last=True")
     return pair[0], without_graph(pair[1])
 
 # %% ../../nbs/losses/00_contract.ipynb #15cafcf4
@@ -109,24 +114,29 @@ def as_map_pairs(
     teacher,               # (N, C_T, H_T, W_T), or a list of as many
     loss:str,              # its name, for errors
     embeddings:bool=False, # whether a layer may also be (N, D), in both networks
-) -> list: # of pairs (student, teacher): one dtype, float32 at least; one height and width, the smaller; the teacher detached
-    "The layers of a map loss, checked and brought to one size. Raises ValueError on wrong dimensions, and on layers or samples that differ in number."
+) -> list: # of pairs (student, teacher): one dtype, float32 at least; one height and width; the teacher detached
+    """The layers of a map loss, checked and brought to one size, the smaller.
+    Raises ValueError on wrong dimensions, and on layers or samples that differ in number."""
     layers = []
     for name, maps in (('student', student), ('teacher', teacher)):
         layers.append(list(maps) if isinstance(maps, (list, tuple)) else [maps])
         for f in layers[-1]:
-            if isinstance(f, torch.Tensor) and f.is_floating_point() and (f.dim() == 4 or embeddings and f.dim() == 2): continue
-            shapes, hint = ('(N, C, H, W) or (N, D)', '') if embeddings else ('(N, C, H, W)', ': take a layer before the pooling')
+            if isinstance(f, torch.Tensor) and f.is_floating_point():
+                if f.dim() == 4 or embeddings and f.dim() == 2: continue
+            shapes = '(N, C, H, W) or (N, D)' if embeddings else '(N, C, H, W)'
+            hint = '' if embeddings else ': take a layer before the pooling'
             given = f"{tuple(f.shape)}, {f.dtype}" if isinstance(f, torch.Tensor) else type(f).__name__
             raise ValueError(f"{loss} needs {name} maps of shape {shapes}, floating point; got {given}{hint}")
     ns, nt = map(len, layers)
     if ns != nt or not ns:
-        raise ValueError(f"{loss} needs as many layers of the teacher as of the student, at least one; got {ns} of the student and {nt} of the teacher")
+        raise ValueError(f"{loss} needs as many layers of the teacher as of the student, at least one; "
+                         f"got {ns} of the student and {nt} of the teacher")
     return [_as_map_pair(s, t, loss) for s, t in zip(*layers)]
 
 def _as_map_pair(s, t, loss):
     if s.dim() != t.dim() or s.shape[0] != t.shape[0] or 0 in s.shape + t.shape:
-        raise ValueError(f"{loss} needs student and teacher maps of the same samples, none empty; got {tuple(s.shape)} and {tuple(t.shape)}")
+        raise ValueError(f"{loss} needs student and teacher maps of the same samples, none empty; "
+                         f"got {tuple(s.shape)} and {tuple(t.shape)}")
     dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), torch.float32)
     s, t = s.to(dtype), without_graph(t).to(dtype)
     if s.shape[2:] != t.shape[2:]:
@@ -139,7 +149,8 @@ class _Known(torch.autograd.Function):
     @staticmethod
     def forward(ctx, e, value, gradient, loss, instead):
         ctx.save_for_backward(gradient)
-        ctx.said = f"{loss}'s gradient is made by hand and cannot be differentiated again (create_graph=True): {instead}"
+        ctx.said = (f"{loss}'s gradient is made by hand and cannot be differentiated again (create_graph=True): "
+                    f"{instead}")
         return value.clone()
 
     @staticmethod
@@ -195,13 +206,16 @@ def as_loss(
         thing = getattr(losses, thing)
     name = getattr(thing, '__name__', type(thing).__name__)
     if isinstance(thing, nn.Module):
-        raise ValueError(f"a loss is given as a class, since every student makes its own; got an object: give {name}, and its options")
+        raise ValueError("a loss is given as a class, since every student makes its own; "
+                         f"got an object: give {name}, and its options")
     if not callable(thing):
-        raise ValueError(f"a loss is a name in relkd.losses, a class, or a function of (student, teacher); got {thing!r}")
+        raise ValueError("a loss is a name in relkd.losses, a class, or a function of (student, teacher); "
+                         f"got {thing!r}")
     if not isinstance(thing, type): return _Wrapped(thing, name, options)
     make = None if student is None else getattr(thing, 'from_features', None)
     try: made = thing(**options) if make is None else make(student, teacher, labels=labels, **options)
     except TypeError as error: raise ValueError(f"{name} cannot be made with the options {options}: {error}") from error
     if isinstance(made, DistillationLoss): return made
-    if not callable(made): raise ValueError(f"a loss is called with (student, teacher); an object of {name} cannot be called")
+    if not callable(made):
+        raise ValueError(f"a loss is called with (student, teacher); an object of {name} cannot be called")
     return _Wrapped(made, name, {})

@@ -18,7 +18,7 @@ from ..relations import full_precision
 # %% ../../nbs/losses/12_crd.ipynb #d16ceeb3
 def _unit(v):
     length = v.norm(dim=1, keepdim=True)
-    return v / length.masked_fill(length <= 1e-3, float('inf'))            # shorter ones have no direction, hence no gradient
+    return v / length.masked_fill(length <= 1e-3, float('inf'))    # shorter ones have no direction, hence no gradient
 
 # %% ../../nbs/losses/12_crd.ipynb #d2e8b44b
 @torch.no_grad()
@@ -30,26 +30,30 @@ def contrast(
     T:float=.07,         # temperature
     eps:float=1e-7,      # beside K / n
 ) -> tuple: # the loss, 0-dim; its gradient with respect to v, (N, D); log Z, 0-dim
-    "One half of CRD: how badly each anchor is told to belong to its own row and not to the negatives (Tian et al. 2020, Eq. 10 and 19)."
+    """How badly each anchor is told to belong to its own row and not to the negatives: one half of CRD.
+    Tian et al. 2020, Eq. 10 and 19."""
     N, n, K = v.shape[0], memory.shape[0], chosen.shape[1] - 1
     c, u, memory, log_Z = K / n + eps, v / T, memory.to(v.dtype), log_Z.to(v.dtype)
-    rows = F.embedding(chosen, memory) if n > (K + 1) * memory.shape[1] else None            # whichever block is smaller
+    rows = F.embedding(chosen, memory) if n > (K + 1) * memory.shape[1] else None    # whichever block is smaller
     scores = (u @ memory.T).gather(1, chosen) if rows is None else (rows @ u[:, :, None]).squeeze(2)
     log_Z = torch.where(log_Z.isinf(), scores.flatten().logsumexp(0) + math.log(n / scores.numel()), log_Z)
-    right = -torch.ones_like(scores[0]); right[0] = 1                                        # the first is to be told h = 1, the others h = 0
+    right = -torch.ones_like(scores[0])
+    right[0] = 1    # the first is to be told h = 1, the others h = 0
     z = (scores - log_Z - math.log(c)) * right
     slope = -(-z).sigmoid() * right / (N * T)
-    if rows is None: gradient = torch.zeros(N, n, dtype=v.dtype, device=v.device).scatter_add_(1, chosen, slope) @ memory
-    else: gradient = (slope[:, None] @ rows).squeeze(1)
+    if rows is not None: gradient = (slope[:, None] @ rows).squeeze(1)
+    else: gradient = torch.zeros(N, n, dtype=v.dtype, device=v.device).scatter_add_(1, chosen, slope) @ memory
     return -F.logsigmoid(z).sum(1).mean() + K * math.log1p(eps * n / K), gradient, log_Z
 
 # %% ../../nbs/losses/12_crd.ipynb #c0529c34
 class _OtherClasses(nn.Module):
     def __init__(self, classes):
         super().__init__()
-        values = classes.unique(return_inverse=True)[1]; count = values.bincount()
-        for name, v in (('order', values.argsort(stable=True)), ('count', count[values]), ('start', (count.cumsum(0) - count)[values])):
-            self.register_buffer(name, v, persistent=False)                                  # of each sample: the size of its class, and where it starts
+        values = classes.unique(return_inverse=True)[1]
+        count = values.bincount()
+        start = count.cumsum(0) - count
+        for name, v in (('order', values.argsort(stable=True)), ('count', count[values]), ('start', start[values])):
+            self.register_buffer(name, v, persistent=False)    # of each sample: size of its class, where it starts
 
     def forward(self, index, negatives):
         start, count = self.start[index, None], self.count[index, None]
@@ -59,16 +63,21 @@ class _OtherClasses(nn.Module):
 # %% ../../nbs/losses/12_crd.ipynb #ac614a73
 def _numbers(name, shape, index, s, samples):
     "`index`, checked, on the device of `s`."
-    if not (isinstance(index, torch.Tensor) and index.dtype == torch.long and index.dim() == len(shape.split()) and index.shape[0] == s.shape[0] and index.numel()):
+    shaped = isinstance(index, torch.Tensor) and index.dtype == torch.long and index.dim() == len(shape.split())
+    if not (shaped and index.shape[0] == s.shape[0] and index.numel()):
         given = f"{tuple(index.shape)}, {index.dtype}" if isinstance(index, torch.Tensor) else type(index).__name__
-        raise ValueError(f"CRD needs {name}= of shape {shape}, int64, with N = {s.shape[0]}: numbers of training samples; got {given}")
-    if index.device.type == 'cpu' and not torch.compiler.is_compiling() and not 0 <= index.min() <= index.max() < samples:
-        raise ValueError(f"CRD remembers {samples} samples; got {name}= from {index.min()} to {index.max()}: samples are counted from 0, within the training set")
+        raise ValueError(f"CRD needs {name}= of shape {shape}, int64, with N = {s.shape[0]}: "
+                         f"numbers of training samples; got {given}")
+    if index.device.type == 'cpu' and not torch.compiler.is_compiling():
+        if not 0 <= index.min() <= index.max() < samples:
+            raise ValueError(f"CRD remembers {samples} samples; got {name}= from {index.min()} to {index.max()}: "
+                             "samples are counted from 0, within the training set")
     return index.to(s.device)
 
 # %% ../../nbs/losses/12_crd.ipynb #95d90be5
 class CRD(DistillationLoss):
-    "Logistic loss of telling the pair of the same image from pairs with remembered other images (Tian et al. 2020, Eq. 10 and 19, with the constant Z, the memories and the sums of the authors' code)."
+    """Logistic loss of telling the pair of the same image from pairs with remembered other images.
+    Tian et al. 2020, Eq. 10 and 19, with the constant Z, the memories and the sums of the authors' code."""
     def __init__(self,
         in_features:int,      # D_S
         out_features:int,     # D_T
@@ -77,21 +86,26 @@ class CRD(DistillationLoss):
         negatives:int=16384,  # drawn for each sample, with repetition
         T:float=.07,          # temperature, above 0
         momentum:float=.5,    # share of the old row, from 0 to below 1
-        classes=None,         # (samples,) int64: draw negatives from other classes only, as the authors' scripts do; by default from all samples
+        classes=None,         # (samples,) int64: negatives from other classes only (authors' scripts); None: from all
         eps:float=1e-7,       # of the authors' code, beside K / n
     ):
         super().__init__()
         if min(in_features, out_features, feat_dim, negatives) < 1 or samples < 2:
-            raise ValueError(f"CRD needs in_features, out_features, feat_dim and negatives of at least 1 and 2 samples or more; got {in_features}, {out_features}, {feat_dim}, {negatives} and {samples}")
-        if not (T > 0 and 0 <= momentum < 1 and eps >= 0): raise ValueError(f"CRD needs T above 0, momentum from 0 to below 1 and eps of at least 0; got {T}, {momentum} and {eps}")
+            raise ValueError("CRD needs in_features, out_features, feat_dim and negatives of at least 1 and 2 samples "
+                             f"or more; got {in_features}, {out_features}, {feat_dim}, {negatives} and {samples}")
+        if not (T > 0 and 0 <= momentum < 1 and eps >= 0):
+            raise ValueError("CRD needs T above 0, momentum from 0 to below 1 and eps of at least 0; "
+                             f"got {T}, {momentum} and {eps}")
         if classes is not None:
             classes = torch.as_tensor(classes)
             if classes.shape != (samples,) or classes.dtype != torch.long or (classes == classes[0]).all():
-                raise ValueError(f"CRD needs classes of shape ({samples},), int64, not all equal; got {tuple(classes.shape)}, {classes.dtype}")
+                raise ValueError(f"CRD needs classes of shape ({samples},), int64, not all equal; "
+                                 f"got {tuple(classes.shape)}, {classes.dtype}")
         self.samples, self.negatives, self.T, self.momentum, self.eps = samples, negatives, T, momentum, eps
         self.embed_s, self.embed_t = nn.Linear(in_features, feat_dim), nn.Linear(out_features, feat_dim)
-        for name in ('memory_s', 'memory_t'): self.register_buffer(name, torch.empty(samples, feat_dim).uniform_(-1, 1) * math.sqrt(3 / feat_dim))
-        self.register_buffer('log_Z', torch.full((2,), float('inf')))                       # until the first training step
+        for name in ('memory_s', 'memory_t'):
+            self.register_buffer(name, torch.empty(samples, feat_dim).uniform_(-1, 1) * math.sqrt(3 / feat_dim))
+        self.register_buffer('log_Z', torch.full((2,), float('inf')))    # until the first training step
         self.other_classes = None if classes is None else _OtherClasses(classes)
 
     @classmethod
@@ -105,20 +119,26 @@ class CRD(DistillationLoss):
     ) -> 'CRD':
         "The loss for layers of these shapes. Raises ValueError as the loss itself does."
         if samples is None and labels is None:
-            raise ValueError("CRD needs samples=, how many training samples there are, or their labels=: it remembers each of them")
-        if classes is True and labels is None: raise ValueError("CRD needs labels= for classes=True: they are the classes")
+            raise ValueError("CRD needs samples=, how many training samples there are, or their labels=: "
+                             "it remembers each of them")
+        if classes is True and labels is None:
+            raise ValueError("CRD needs labels= for classes=True: they are the classes")
         s, t = as_pair(student, teacher, 1, 'CRD')
-        return cls(s.shape[1], t.shape[1], len(labels) if samples is None else samples, classes=labels if classes is True else classes, **options)
+        if samples is None: samples = len(labels)
+        return cls(s.shape[1], t.shape[1], samples, classes=labels if classes is True else classes, **options)
 
     def forward(self,
         student,        # (N, D_S), or a map, which is flattened: receives the gradient
         teacher,        # (N, D_T), or a map: receives none, its embedding layer does; N the same
         index=None,     # (N,) int64: which training samples these are, from 0 to below `samples`; no sample twice
         negatives=None, # (N, K) int64: the negatives; drawn by default
-    ) -> torch.Tensor: # 0-dim, the sum of both halves, float32 at least; a training step updates the memories. Raises ValueError on bad shapes and indices
+    ) -> torch.Tensor: # 0-dim, the sum of both halves, float32 at least; a training step updates the memories
+        "Raises ValueError on bad shapes and indices."
         s, t = as_pair(student, teacher, 1, 'CRD')
         if (s.shape[1], t.shape[1]) != (self.embed_s.in_features, self.embed_t.in_features):
-            raise ValueError(f"CRD was made for {self.embed_s.in_features} student and {self.embed_t.in_features} teacher features; got {s.shape[1]} and {t.shape[1]}: CRD.from_features reads them from an example")
+            raise ValueError(f"CRD was made for {self.embed_s.in_features} student and {self.embed_t.in_features} "
+                             f"teacher features; got {s.shape[1]} and {t.shape[1]}: "
+                             "CRD.from_features reads them from an example")
         index = _numbers('index', '(N,)', index, s, self.samples)
         if negatives is not None: negatives = _numbers('negatives', '(N, K)', negatives, s, self.samples)
         elif self.other_classes is not None: negatives = self.other_classes(index, self.negatives)
@@ -126,10 +146,12 @@ class CRD(DistillationLoss):
         chosen = torch.cat([index[:, None], negatives], 1)
         dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), self.embed_s.weight.dtype)
         with full_precision(s):
-            s, t = (_unit(F.linear(e.to(dtype), g.weight.to(dtype), g.bias.to(dtype))) for e, g in ((s, self.embed_s), (t, self.embed_t)))
+            embedded = ((s, self.embed_s), (t, self.embed_t))
+            s, t = (_unit(F.linear(e.to(dtype), g.weight.to(dtype), g.bias.to(dtype))) for e, g in embedded)
             of_s, to_s, z_s = contrast(s, self.memory_t, chosen, self.log_Z[0], self.T, self.eps)
             of_t, to_t, z_t = contrast(t, self.memory_s, chosen, self.log_Z[1], self.T, self.eps)
-            total = known_gradient(s, of_s, to_s, 'CRD', 'there is no other form of it here') + known_gradient(t, of_t, to_t, 'CRD', 'there is no other form of it here')
+            instead = 'there is no other form of it here'
+            total = known_gradient(s, of_s, to_s, 'CRD', instead) + known_gradient(t, of_t, to_t, 'CRD', instead)
             if self.training and torch.is_grad_enabled(): self._remember(index, s, t, torch.stack([z_s, z_t]))
         return total
 
@@ -137,6 +159,8 @@ class CRD(DistillationLoss):
     def _remember(self, index, s, t, log_Z):
         self.log_Z.copy_(log_Z)
         for memory, v in ((self.memory_s, s), (self.memory_t, t)):
-            memory.index_copy_(0, index, F.normalize(self.momentum * memory[index] + (1 - self.momentum) * v).to(memory.dtype))
+            row = F.normalize(self.momentum * memory[index] + (1 - self.momentum) * v)
+            memory.index_copy_(0, index, row.to(memory.dtype))
 
-    def extra_repr(self): return f'samples={self.samples}, negatives={self.negatives}, T={self.T:g}, momentum={self.momentum:g}'
+    def extra_repr(self):
+        return f'samples={self.samples}, negatives={self.negatives}, T={self.T:g}, momentum={self.momentum:g}'

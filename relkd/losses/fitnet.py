@@ -15,7 +15,8 @@ from ..relations import full_precision
 
 # %% ../../nbs/losses/02_fitnet.ipynb #b3500d76
 class FitNet(DistillationLoss):
-    "Mean squared error between the teacher's hint and a trained linear regression of the student's layer (Romero et al. 2015, Sec. 2.2, there as half the squared norm)."
+    """Mean squared error between the teacher's hint and a trained linear regression of the student's layer.
+    Romero et al. 2015, Sec. 2.2, there as half the squared norm."""
     def __init__(self,
         in_channels,  # C_S or D_S, of the student's layer; a list for several layers
         out_channels, # C_T or D_T, of the teacher's layer; a list of as many
@@ -23,7 +24,8 @@ class FitNet(DistillationLoss):
         super().__init__()
         sizes = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)]
         if len(sizes[0]) != len(sizes[1]) or not sizes[0] or min(sizes[0] + sizes[1]) < 1:
-            raise ValueError(f"FitNet needs as many in_channels as out_channels, each at least 1; got {in_channels} and {out_channels}")
+            raise ValueError("FitNet needs as many in_channels as out_channels, each at least 1; "
+                             f"got {in_channels} and {out_channels}")
         self.regressors = nn.ModuleList(nn.Linear(i, o) for i, o in zip(*sizes))
 
     @classmethod
@@ -43,12 +45,14 @@ class FitNet(DistillationLoss):
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers, float32 at least. Raises ValueError on bad shapes
         pairs = as_map_pairs(student, teacher, 'FitNet', embeddings=True)
-        if len(pairs) != len(self.regressors): raise ValueError(f"FitNet was made for {len(self.regressors)} layer(s); got {len(pairs)}")
+        if len(pairs) != len(self.regressors):
+            raise ValueError(f"FitNet was made for {len(self.regressors)} layer(s); got {len(pairs)}")
         return sum(self._one(r, s, t) for r, (s, t) in zip(self.regressors, pairs))
 
     def _one(self, r, s, t):
         if (s.shape[1], t.shape[1]) != (r.in_features, r.out_features):
-            raise ValueError(f"FitNet was made for {r.in_features} student and {r.out_features} teacher channels; got {s.shape[1]} and {t.shape[1]}: FitNet.from_features reads them from an example")
+            raise ValueError(f"FitNet was made for {r.in_features} student and {r.out_features} teacher channels; "
+                             f"got {s.shape[1]} and {t.shape[1]}: FitNet.from_features reads them from an example")
         dtype = torch.promote_types(s.dtype, r.weight.dtype)
         with full_precision(s):
             predicted = F.linear(s.to(dtype).movedim(1, -1), r.weight.to(dtype), r.bias.to(dtype))

@@ -20,7 +20,7 @@ def flow_matrix(
     second:torch.Tensor,  # (N, n, H', W') map of the same samples and precision
     pool:str='max',       # what brings the larger to the size of the smaller: 'max' (paper) or 'avg'
 ) -> torch.Tensor: # (N, m, n): mean over positions of the product of two channels
-    "How strongly every channel of one layer responds together with every channel of another (Yim et al. 2017, Eq. 1)."
+    "How strongly each channel of a layer responds together with each channel of another (Yim et al. 2017, Eq. 1)."
     size = [min(a, b) for a, b in zip(first.shape[2:], second.shape[2:])]
     first, second = (f if list(f.shape[2:]) == size else _POOL[pool](f, size) for f in (first, second))
     return first.flatten(2) @ second.flatten(2).transpose(1, 2) / (size[0] * size[1])
@@ -32,16 +32,20 @@ class FSP(DistillationLoss):
         pairs=None,           # list of (i, j), places in the list of layers; by default each layer with the next
         weights=None,         # one a pair, the paper's lambda; by default 1
         pool:str='max',       # of the larger map of a pair: 'max' (paper) or 'avg' (CRD benchmark)
-        reduction:str='norm', # squared 'norm' of a sample's difference (paper), or its 'mean' over all m x n entries (CRD benchmark)
+        reduction:str='norm', # squared 'norm' of a sample's difference (paper), or 'mean' over entries (CRD benchmark)
     ):
         super().__init__()
         if pool not in _POOL: raise ValueError(f"FSP needs pool to be 'max' or 'avg'; got {pool!r}")
-        if reduction not in ('norm', 'mean'): raise ValueError(f"FSP needs reduction to be 'norm' or 'mean'; got {reduction!r}")
+        if reduction not in ('norm', 'mean'):
+            raise ValueError(f"FSP needs reduction to be 'norm' or 'mean'; got {reduction!r}")
         if pairs is not None:
             pairs = [tuple(p) for p in pairs]
-            if not pairs or any(len(p) != 2 or min(p) < 0 for p in pairs): raise ValueError(f"FSP needs pairs (i, j) of places in the list of layers, from 0 on; got {pairs}")
-        if pairs is not None and weights is not None and len(weights) != len(pairs): raise ValueError(f"FSP needs one weight a pair; got {len(weights)} for {len(pairs)} pairs")
-        self.pairs, self.weights, self.pool, self.reduction = pairs, None if weights is None else list(weights), pool, reduction
+            if not pairs or any(len(p) != 2 or min(p) < 0 for p in pairs):
+                raise ValueError(f"FSP needs pairs (i, j) of places in the list of layers, from 0 on; got {pairs}")
+        if pairs is not None and weights is not None and len(weights) != len(pairs):
+            raise ValueError(f"FSP needs one weight a pair; got {len(weights)} for {len(pairs)} pairs")
+        self.pairs, self.weights = pairs, None if weights is None else list(weights)
+        self.pool, self.reduction = pool, reduction
 
     def forward(self,
         student, # list of maps (N, C_i, H_i, W_i): receives the gradient
@@ -51,8 +55,11 @@ class FSP(DistillationLoss):
         student, teacher = self._layers(student, teacher)
         pairs = self.pairs or [(i, i + 1) for i in range(len(student) - 1)]
         weights = self.weights or [1.] * len(pairs)
-        if len(weights) != len(pairs): raise ValueError(f"FSP needs one weight a pair; got {len(weights)} for {len(pairs)} pairs")
-        with full_precision(student[0]): return sum(w * self._one(*(flow_matrix(f[i], f[j], self.pool) for f in (student, teacher))) for w, (i, j) in zip(weights, pairs))
+        if len(weights) != len(pairs):
+            raise ValueError(f"FSP needs one weight a pair; got {len(weights)} for {len(pairs)} pairs")
+        with full_precision(student[0]):
+            return sum(w * self._one(*(flow_matrix(f[i], f[j], self.pool) for f in (student, teacher)))
+                       for w, (i, j) in zip(weights, pairs))
 
     def _one(self, s, t):
         squares = (s - t).pow(2)
@@ -63,14 +70,23 @@ class FSP(DistillationLoss):
         for name, maps in zip(('student', 'teacher'), layers):
             for f in maps:
                 if not (isinstance(f, torch.Tensor) and f.is_floating_point() and f.dim() == 4 and 0 not in f.shape):
-                    raise ValueError(f"FSP needs {name} maps of shape (N, C, H, W), floating point, none empty; got {f'{tuple(f.shape)}, {f.dtype}' if isinstance(f, torch.Tensor) else type(f).__name__}: take layers before the pooling")
+                    given = f'{tuple(f.shape)}, {f.dtype}' if isinstance(f, torch.Tensor) else type(f).__name__
+                    raise ValueError(f"FSP needs {name} maps of shape (N, C, H, W), floating point, none empty; "
+                                     f"got {given}: take layers before the pooling")
         (ns, nt), least = map(len, layers), 2 if self.pairs is None else 1 + max(map(max, self.pairs))
-        if ns != nt or ns < least: raise ValueError(f"FSP needs as many layers of the teacher as of the student, at least {least}; got {ns} of the student and {nt} of the teacher")
+        if ns != nt or ns < least:
+            raise ValueError(f"FSP needs as many layers of the teacher as of the student, at least {least}; "
+                             f"got {ns} of the student and {nt} of the teacher")
         sizes = [[f.shape[:2] for f in maps] for maps in layers]
-        if any(n != sizes[0][0][0] for maps in sizes for n, _ in maps): raise ValueError(f"FSP needs all layers of the same samples; got N = {', '.join(str(n) for n, _ in sizes[0])} and N = {', '.join(str(n) for n, _ in sizes[1])}")
+        if any(n != sizes[0][0][0] for maps in sizes for n, _ in maps):
+            of_s, of_t = (', '.join(str(n) for n, _ in maps) for maps in sizes)
+            raise ValueError(f"FSP needs all layers of the same samples; got N = {of_s} and N = {of_t}")
         for k, ((_, a), (_, b)) in enumerate(zip(*sizes)):
-            if a != b: raise ValueError(f"FSP needs as many channels in the student as in the teacher, layer by layer; got {a} and {b} in layer {k}: choose other layers, or a loss with a regressor")
+            if a != b:
+                raise ValueError("FSP needs as many channels in the student as in the teacher, layer by layer; "
+                                 f"got {a} and {b} in layer {k}: choose other layers, or a loss with a regressor")
         dtype = torch.float64 if any(f.dtype == torch.float64 for maps in layers for f in maps) else torch.float32
         return [f.to(dtype) for f in layers[0]], [without_graph(f).to(dtype) for f in layers[1]]
 
-    def extra_repr(self): return f'pairs={self.pairs}, weights={self.weights}, pool={self.pool!r}, reduction={self.reduction!r}'
+    def extra_repr(self):
+        return f'pairs={self.pairs}, weights={self.weights}, pool={self.pool!r}, reduction={self.reduction!r}'

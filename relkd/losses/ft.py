@@ -14,7 +14,8 @@ from .contract import DistillationLoss, as_map_pairs
 from ..relations import full_precision
 
 # %% ../../nbs/losses/09_ft.ipynb #e80ce986
-def _block(conv, i, o, batchnorm): return [conv(i, o, 3, padding=1), *([nn.BatchNorm2d(o)] if batchnorm else []), nn.LeakyReLU(.1)]
+def _block(conv, i, o, batchnorm):
+    return [conv(i, o, 3, padding=1), *([nn.BatchNorm2d(o)] if batchnorm else []), nn.LeakyReLU(.1)]
 
 class Translator(nn.Sequential):
     "From a map to a factor by three 3 x 3 convolutions (Kim et al. 2018, Sec. 3; sizes of the authors' code)."
@@ -23,18 +24,23 @@ class Translator(nn.Sequential):
         factor_channels:int,  # m of the factor
         batchnorm:bool=False, # behind each convolution?
     ):
-        super().__init__(*(layer for i, o in ((channels, channels), (channels, factor_channels), (factor_channels, factor_channels)) for layer in _block(nn.Conv2d, i, o, batchnorm)))
+        c, m = channels, factor_channels
+        blocks = (_block(nn.Conv2d, i, o, batchnorm) for i, o in ((c, c), (c, m), (m, m)))
+        super().__init__(*(layer for block in blocks for layer in block))
 
 class Paraphraser(nn.Module):
-    "Autoencoder of a teacher's map; what its encoder gives is the factor (Kim et al. 2018, Sec. 3; sizes of the authors' code)."
+    """Autoencoder of a teacher's map; what its encoder gives is the factor (Kim et al. 2018, Sec. 3).
+    Sizes of the authors' code."""
     def __init__(self,
         channels:int,         # C_T of the map
         factor_channels:int,  # m of the factor
         batchnorm:bool=False, # behind each convolution?
     ):
         super().__init__()
-        self.encoder, c, m = Translator(channels, factor_channels, batchnorm), channels, factor_channels
-        self.decoder = nn.Sequential(*(layer for i, o in ((m, m), (m, c), (c, c)) for layer in _block(nn.ConvTranspose2d, i, o, batchnorm)))
+        c, m = channels, factor_channels
+        self.encoder = Translator(c, m, batchnorm)
+        blocks = (_block(nn.ConvTranspose2d, i, o, batchnorm) for i, o in ((m, m), (m, c), (c, c)))
+        self.decoder = nn.Sequential(*(layer for block in blocks for layer in block))
 
     def forward(self,
         x, # (N, C_T, H, W)
@@ -57,7 +63,9 @@ def _run(net, x):
     own = next(net.parameters()).dtype
     dtype = torch.promote_types(x.dtype, own)
     if dtype == own: return net(x.to(dtype))
-    return torch.func.functional_call(net, {k: v.to(dtype) if v.is_floating_point() else v for k, v in (*net.named_parameters(), *net.named_buffers())}, x.to(dtype))
+    tensors = (*net.named_parameters(), *net.named_buffers())
+    wide = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors}
+    return torch.func.functional_call(net, wide, x.to(dtype))
 
 def _distance(a, b, p, reduction):
     gap = a - b
@@ -69,7 +77,8 @@ def _at_least_one(p, loss):
 
 # %% ../../nbs/losses/09_ft.ipynb #f96188a1
 def _one_of(name, given, *known):
-    if given not in known: raise ValueError(f"FT needs {name} to be one of {', '.join(map(repr, known))}; got {given!r}")
+    if given not in known:
+        raise ValueError(f"FT needs {name} to be one of {', '.join(map(repr, known))}; got {given!r}")
     return given
 
 class _Networks(DistillationLoss):
@@ -80,34 +89,46 @@ class _Networks(DistillationLoss):
         rate:float=.5,           # paraphrase rate k: a factor has round(k * C_T) channels
         p:float=1.,              # power of the difference, at least 1
         reduction:str='mean',    # 'mean' of |difference|^p over the factor (authors' code), or its p-'norm' (paper)
-        reconstruction:str='l2', # what `prepare` gives: the mean of |x - P(x)|^2, 'l2' (paper, as a mean), or of |x - P(x)|, 'l1' (authors' code)
-        batchnorm=False,         # behind the convolutions: False (authors' code), True, or only in the 'translator' (CRD benchmark)
+        reconstruction:str='l2', # of `prepare`: mean |x - P(x)|^2, 'l2' (paper), or |x - P(x)|, 'l1' (authors' code)
+        batchnorm=False,         # after convolutions: False (authors' code), True, or 'translator' only (CRD benchmark)
         compare:str='factor',    # compare the 'factor', or only its 'attention' map (CRD benchmark)
     ):
         super().__init__()
         sizes = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)]
         if len(sizes[0]) != len(sizes[1]) or not sizes[0] or min(sizes[0] + sizes[1]) < 1:
-            raise ValueError(f"FT needs as many in_channels as out_channels, each at least 1; got {in_channels} and {out_channels}")
-        if not 0 < rate < float('inf') or round(rate * min(sizes[1])) < 1: raise ValueError(f"FT needs a rate that leaves a factor at least 1 channel; got rate = {rate} of {out_channels} channels")
-        self.rate, self.p, self.reduction, self.reconstruction = rate, _at_least_one(p, 'FT'), _one_of('reduction', reduction, 'mean', 'norm'), _one_of('reconstruction', reconstruction, 'l1', 'l2')
-        self.batchnorm, self.compare = _one_of('batchnorm', batchnorm, False, True, 'translator'), _one_of('compare', compare, 'factor', 'attention')
+            raise ValueError("FT needs as many in_channels as out_channels, each at least 1; "
+                             f"got {in_channels} and {out_channels}")
+        if not 0 < rate < float('inf') or round(rate * min(sizes[1])) < 1:
+            raise ValueError("FT needs a rate that leaves a factor at least 1 channel; "
+                             f"got rate = {rate} of {out_channels} channels")
+        self.rate, self.p = rate, _at_least_one(p, 'FT')
+        self.reduction = _one_of('reduction', reduction, 'mean', 'norm')
+        self.reconstruction = _one_of('reconstruction', reconstruction, 'l1', 'l2')
+        self.batchnorm = _one_of('batchnorm', batchnorm, False, True, 'translator')
+        self.compare = _one_of('compare', compare, 'factor', 'attention')
         self.paraphrasers = nn.ModuleList(Paraphraser(t, round(rate * t), batchnorm is True) for t in sizes[1])
         self.translators = nn.ModuleList(Translator(s, round(rate * t), bool(batchnorm)) for s, t in zip(*sizes))
         self.train()
 
     def _pairs(self, student, teacher):
         pairs = as_map_pairs(student, teacher, 'FT')
-        if len(pairs) != len(self.translators): raise ValueError(f"FT was made for {len(self.translators)} layer(s); got {len(pairs)}")
+        if len(pairs) != len(self.translators):
+            raise ValueError(f"FT was made for {len(self.translators)} layer(s); got {len(pairs)}")
         for r, p, (s, t) in zip(self.translators, self.paraphrasers, pairs):
             made, given = (r[0].in_channels, p.encoder[0].in_channels), (s.shape[1], t.shape[1])
-            if made != given: raise ValueError(f"FT was made for {made[0]} student and {made[1]} teacher channels; got {given[0]} and {given[1]}: FT.from_features reads them from an example")
+            if made != given:
+                raise ValueError(f"FT was made for {made[0]} student and {made[1]} teacher channels; "
+                                 f"got {given[0]} and {given[1]}: FT.from_features reads them from an example")
         return pairs
 
-    def extra_repr(self): return f'rate={self.rate:g}, p={self.p:g}, reduction={self.reduction!r}, reconstruction={self.reconstruction!r}, batchnorm={self.batchnorm!r}, compare={self.compare!r}'
+    def extra_repr(self):
+        return (f'rate={self.rate:g}, p={self.p:g}, reduction={self.reduction!r}, '
+                f'reconstruction={self.reconstruction!r}, batchnorm={self.batchnorm!r}, compare={self.compare!r}')
 
 # %% ../../nbs/losses/09_ft.ipynb #642cb071
 class FT(_Networks):
-    "Difference of normalised factors: the teacher's from a paraphraser trained first, the student's from a translator (Kim et al. 2018, Sec. 3; a mean as in the authors' code)."
+    """Difference of normalised factors: the teacher's from a trained paraphraser, the student's from a translator.
+    Kim et al. 2018, Sec. 3; a mean as in the authors' code."""
     @classmethod
     def from_features(cls,
         student,   # an example of the student's map, (N, C_S, H, W), or a list
@@ -123,19 +144,22 @@ class FT(_Networks):
         mode:bool=True, # of the translators
     ) -> 'FT': # itself
         "Set the mode of the translators; the paraphrasers are in evaluation mode outside `prepare`."
-        super().train(mode); self.paraphrasers.eval()
+        super().train(mode)
+        self.paraphrasers.eval()
         return self
 
     def prepare(self,
         student, # (N, C_S, H, W), or a list: only its height and width are read
         teacher, # (N, C_T, H', W'), or a list of as many
         index=None, # not needed
-    ) -> torch.Tensor: # 0-dim, the sum over layers of the paraphrasers' reconstruction losses. Raises ValueError on bad shapes
+    ) -> torch.Tensor: # 0-dim, the sum over layers of the reconstruction losses. Raises ValueError on bad shapes
         "The first stage: only the paraphrasers receive a gradient."
         total, pairs = 0., self._pairs(student, teacher)
         self.paraphrasers.train(self.training)
         for paraphraser, (_, t) in zip(self.paraphrasers, pairs):
-            with full_precision(t): total = total + (_run(paraphraser, t) - t).abs().pow(1 if self.reconstruction == 'l1' else 2).mean()
+            with full_precision(t):
+                gap = (_run(paraphraser, t) - t).abs()
+                total = total + gap.pow(1 if self.reconstruction == 'l1' else 2).mean()
         self.paraphrasers.eval()
         return total
 
@@ -144,7 +168,8 @@ class FT(_Networks):
         teacher, # (N, C_T, H', W'), or a list of as many: receives none, nor do the paraphrasers; N the same
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers, float32 at least. Raises ValueError on bad shapes
-        return sum(self._one(r, p, s, t) for r, p, (s, t) in zip(self.translators, self.paraphrasers, self._pairs(student, teacher)))
+        layers = zip(self.translators, self.paraphrasers, self._pairs(student, teacher))
+        return sum(self._one(r, p, s, t) for r, p, (s, t) in layers)
 
     def _one(self, translator, paraphraser, s, t):
         view = unit_factor if self.compare == 'factor' else attention

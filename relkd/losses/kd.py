@@ -14,7 +14,8 @@ from ..relations import full_precision
 
 # %% ../../nbs/losses/01_kd.ipynb #6044967c
 class KD(DistillationLoss):
-    "Kullback-Leibler divergence of the softened class probabilities, times T^2, mean over the batch (Hinton et al. 2015, Sec. 2)."
+    """Kullback-Leibler divergence of the softened class probabilities, times T^2 (Hinton et al. 2015, Sec. 2).
+    The mean over the batch."""
     def __init__(self,
         T:float=4., # temperature, above 0; 4 in the RKD paper and in the CRD benchmark
     ):
@@ -29,12 +30,14 @@ class KD(DistillationLoss):
     ) -> torch.Tensor: # 0-dim, in nats times T^2, float32 at least. Raises ValueError on bad shapes
         for name, z in (('student', student), ('teacher', teacher)):
             if not isinstance(z, torch.Tensor) or z.dim() != 2 or not z.is_floating_point():
-                raise ValueError(f"KD needs {name} logits of shape (N, C), floating point; got {tuple(z.shape) if isinstance(z, torch.Tensor) else type(z).__name__}"
-                                 + (f", {z.dtype}" if isinstance(z, torch.Tensor) else ""))
+                given = f"{tuple(z.shape)}, {z.dtype}" if isinstance(z, torch.Tensor) else type(z).__name__
+                raise ValueError(f"KD needs {name} logits of shape (N, C), floating point; got {given}")
         if student.shape != teacher.shape or not student.shape[0]:
-            raise ValueError(f"KD needs logits of the same samples and classes, at least one; got {tuple(student.shape)} and {tuple(teacher.shape)}")
+            raise ValueError("KD needs logits of the same samples and classes, at least one; "
+                             f"got {tuple(student.shape)} and {tuple(teacher.shape)}")
         student, teacher = (z.float() if z.dtype.itemsize < 4 else z for z in (student, without_graph(teacher)))
         with full_precision(student):
-            return self.T**2 * F.kl_div(F.log_softmax(student / self.T, 1), F.log_softmax(teacher / self.T, 1), reduction='batchmean', log_target=True)
+            log_q, log_p = F.log_softmax(student / self.T, 1), F.log_softmax(teacher / self.T, 1)
+            return self.T**2 * F.kl_div(log_q, log_p, reduction='batchmean', log_target=True)
 
     def extra_repr(self): return f'T={self.T}'

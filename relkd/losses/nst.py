@@ -24,17 +24,21 @@ def selectivity(
 
 # %% ../../nbs/losses/11_nst.ipynb #bb548149
 class NST(DistillationLoss):
-    "Squared maximum mean discrepancy of the student's and the teacher's normalised channels (Huang & Wang 2017; the polynomial kernel with d = 2, c = 0 by default)."
+    """Squared maximum mean discrepancy of the student's and the teacher's normalised channels (Huang & Wang 2017).
+    The polynomial kernel with d = 2, c = 0 by default; no gradient goes through a Gaussian's default sigma2."""
     def __init__(self,
         kernel:str='polynomial', # or 'linear' or 'gaussian'
         degree:int=2,            # d of the polynomial kernel (x . y + c)^d, at least 1
         c:float=0.,              # c of the polynomial kernel, at least 0
-        sigma2:float=None,       # of the Gaussian kernel; by default each image's mean squared distance of a student's and a teacher's channel, without gradient
+        sigma2:float=None,       # of the Gaussian; None: mean squared distance of student's and teacher's channels
         teacher_term:bool=True,  # the constant teacher-teacher term; False as in the authors' code: the same gradient
     ):
         super().__init__()
-        if kernel not in ('linear', 'polynomial', 'gaussian'): raise ValueError(f"NST knows the kernels 'linear', 'polynomial' and 'gaussian'; got {kernel!r}")
-        if not (isinstance(degree, int) and degree >= 1 and c >= 0): raise ValueError(f"NST needs a whole degree of at least 1 and c of at least 0; got degree = {degree} and c = {c}")
+        if kernel not in ('linear', 'polynomial', 'gaussian'):
+            raise ValueError(f"NST knows the kernels 'linear', 'polynomial' and 'gaussian'; got {kernel!r}")
+        if not (isinstance(degree, int) and degree >= 1 and c >= 0):
+            raise ValueError("NST needs a whole degree of at least 1 and c of at least 0; "
+                             f"got degree = {degree} and c = {c}")
         if sigma2 is not None and not sigma2 > 0: raise ValueError(f"NST needs sigma2 above 0, or None; got {sigma2}")
         self.kernel, self.degree, self.c, self.sigma2, self.teacher_term = kernel, degree, c, sigma2, teacher_term
 
@@ -42,14 +46,17 @@ class NST(DistillationLoss):
         student, # (N, C_S, H, W), or a list of maps: receives the gradient
         teacher, # (N, C_T, H', W'), or a list of as many: receives none; N the same
         index=None, # not needed
-    ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 2 by default, float32 at least. Raises ValueError on bad shapes
+    ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 2 by default, float32 at least
+        "Raises ValueError on bad shapes."
         return sum(self._one(s, t) for s, t in as_map_pairs(student, teacher, 'NST'))
 
     def _one(self, s, t):
         with full_precision(s):
-            x, y = selectivity(s), selectivity(t); (cs, hw), ct = x.shape[1:], y.shape[1]
+            x, y = selectivity(s), selectivity(t)
+            (cs, hw), ct = x.shape[1:], y.shape[1]
             if self.kernel == 'linear': return self._means(x.mean(1), y.mean(1))
-            if self.kernel == 'polynomial' and (self.degree, self.c) == (2, 0) and hw * (cs + ct) <= cs * cs + cs * ct + ct * ct:
+            if (self.kernel == 'polynomial' and (self.degree, self.c) == (2, 0)
+                    and hw * (cs + ct) <= cs * cs + cs * ct + ct * ct):
                 return self._means(x.mT @ x / cs, y.mT @ y / ct)
             k = self._polynomial if self.kernel == 'polynomial' else self._gaussian(x, y)
             own = k(x, x).mean() - 2 * k(x, y).mean()
@@ -71,5 +78,6 @@ class NST(DistillationLoss):
         return lambda a, b: (a / sigma2 @ b.mT - (length2(a)[:, :, None] + length2(b)[:, None]) / (2 * sigma2)).exp()
 
     def extra_repr(self):
-        own = {'linear': '', 'polynomial': f', degree={self.degree}, c={self.c:g}', 'gaussian': f', sigma2={self.sigma2}'}[self.kernel]
+        polynomial, gaussian = f', degree={self.degree}, c={self.c:g}', f', sigma2={self.sigma2}'
+        own = {'linear': '', 'polynomial': polynomial, 'gaussian': gaussian}[self.kernel]
         return f'{self.kernel!r}{own}, teacher_term={self.teacher_term}'

@@ -15,53 +15,66 @@ from .ab import PreActivationLoss
 # %% ../../nbs/losses/13_ofd.ipynb #acbc55f4
 def margin_from_maps(
     t:torch.Tensor, # (N, C, H, W) or (N, D), the teacher's responses before the ReLU
-) -> torch.Tensor: # (C,) or (D,), float32 at least; 0 for a channel that is never negative. Raises ValueError unless channels come second
-    "Mean of the negative responses of every channel, measured (Heo et al. 2019, margin)."
-    if t.dim() < 2 or not t.is_floating_point(): raise ValueError(f"margin_from_maps needs responses of shape (N, C, H, W) or (N, D), floating point; got {tuple(t.shape)}, {t.dtype}")
+) -> torch.Tensor: # (C,) or (D,), float32 at least; 0 for a channel that is never negative
+    """Mean of the negative responses of every channel, measured (Heo et al. 2019, margin).
+    Raises ValueError unless channels come second."""
+    if t.dim() < 2 or not t.is_floating_point():
+        raise ValueError("margin_from_maps needs responses of shape (N, C, H, W) or (N, D), floating point; "
+                         f"got {tuple(t.shape)}, {t.dtype}")
     t, dims = t.float() if t.dtype.itemsize < 4 else t, [d for d in range(t.dim()) if d != 1]
     return t.clamp(max=0).sum(dims) / (t < 0).sum(dims).clamp(min=1)
 
 # %% ../../nbs/losses/13_ofd.ipynb #b41ec35e
 def margin_from_batchnorm(
     bn:nn.Module,     # a batch normalisation of C channels, right before the ReLU
-    rare:float=1e-3,  # a channel that is negative more rarely than this gets -3 |weight|, as in the authors' code; 0: the formula for all
+    rare:float=1e-3,  # a channel negative more rarely gets -3 |weight|, as in the authors' code; 0: the formula for all
 ) -> torch.Tensor: # (C,), at most 0. Raises ValueError if it is no batch normalisation
-    "Mean of the negative responses of every channel, if they are normal with mean `bn.bias` and deviation `|bn.weight|` (Heo et al. 2019, Appendix A)."
-    if not isinstance(bn, nn.modules.batchnorm._BatchNorm): raise ValueError(f"margin_from_batchnorm needs a batch normalisation; got {type(bn).__name__}: measure with margin_from_maps instead")
+    """Mean of the negative responses of every channel, if normal with mean `bn.bias` and deviation `|bn.weight|`.
+    Heo et al. 2019, Appendix A."""
+    if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
+        raise ValueError(f"margin_from_batchnorm needs a batch normalisation; got {type(bn).__name__}: "
+                         "measure with margin_from_maps instead")
     n, like = bn.num_features, bn.weight if bn.affine else torch.zeros(0)
-    gamma, beta = (p.detach().cpu().double() for p in ((bn.weight, bn.bias) if bn.affine else (torch.ones(n), torch.zeros(n))))
-    gamma = gamma.abs(); z = beta / gamma.clamp(min=1e-30)
+    affine = (bn.weight, bn.bias) if bn.affine else (torch.ones(n), torch.zeros(n))
+    gamma, beta = (p.detach().cpu().double() for p in affine)
+    gamma = gamma.abs()
+    z = beta / gamma.clamp(min=1e-30)
     m = (beta - gamma * (2 / torch.pi)**.5 / torch.special.erfcx(z / 2**.5)).clamp(max=0)
     m = torch.where(torch.special.erfc(z / 2**.5) / 2 >= rare, m, -3 * gamma)      # Phi(-z)
     return m.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 # %% ../../nbs/losses/13_ofd.ipynb #a3eecc33
 class OFD(PreActivationLoss):
-    "Partial L2 distance between the student behind connectors and the teacher's margin ReLU (Heo et al., ICCV 2019, Sec. 3; scale and layer weights as in the authors' CIFAR-100 code)."
+    """Partial L2 distance between the student behind connectors and the teacher's margin ReLU (Heo et al., ICCV 2019).
+    Sec. 3; scale and layer weights as in the authors' CIFAR-100 code; its margins come from `margin_from_batchnorm`."""
     def __init__(self,
         in_channels,        # C_S or D_S, of the student's layer; a list for several layers, the deepest last
         out_channels,       # C_T or D_T, of the teacher's; a list of as many
-        margins='batch',    # 'batch': measured on each batch; or one (C_T,) tensor a layer, as from margin_from_batchnorm; or a number for all: 0 is the ReLU, -inf no cut
+        margins='batch',    # 'batch': measured on each; or a (C_T,) tensor a layer; or a number: 0 is ReLU, -inf no cut
         scale=.001,         # multiple of a sample's sum; 'mean': the mean over everything
         layer_weights=None, # one a layer; by default the deepest 1, the one before 1/2, then 1/4, ...
         connector=True,     # True: at every layer; False: at none; None: where the channels differ
     ):
         super().__init__(in_channels, out_channels, scale, layer_weights, connector)
         self.measured = isinstance(margins, str)
-        if self.measured and margins != 'batch': raise ValueError(f"OFD takes margins='batch', one tensor a layer, or a number; got {margins!r}")
+        if self.measured and margins != 'batch':
+            raise ValueError(f"OFD takes margins='batch', one tensor a layer, or a number; got {margins!r}")
         if self.measured: return
         if isinstance(margins, (int, float)): margins = [margins] * len(self.channels)
         margins = [torch.as_tensor(m).detach() for m in ([margins] if isinstance(margins, torch.Tensor) else margins)]
-        if len(margins) != len(self.channels): raise ValueError(f"OFD needs one tensor of margins a layer; got {len(margins)} for {len(self.channels)}")
+        if len(margins) != len(self.channels):
+            raise ValueError(f"OFD needs one tensor of margins a layer; got {len(margins)} for {len(self.channels)}")
         for k, (m, (_, c)) in enumerate(zip(margins, self.channels)):
             if tuple(m.shape) not in ((), (c,)) or not (m <= 0).all():
-                raise ValueError(f"OFD needs a margin of at most 0 for each of the {c} teacher channels; got shape {tuple(m.shape)}, largest {m.max().item() if m.numel() else None}")
+                raise ValueError(f"OFD needs a margin of at most 0 for each of the {c} teacher channels; "
+                                 f"got shape {tuple(m.shape)}, largest {m.max().item() if m.numel() else None}")
             self.register_buffer(f'margin{k}', (m if m.is_floating_point() else m.float()).expand(c).clone())
 
     def distance(self, s, t, k):
         m = margin_from_maps(t) if self.measured else getattr(self, f'margin{k}').to(t.dtype)
         target = torch.maximum(t, m.view(-1, *[1] * (t.dim() - 2)))
-        own = torch.add(s.detach(), (target > 0).to(s.dtype), alpha=1e30)      # the student itself where the target is silent, out of reach elsewhere
+        # the student itself where the target is silent, out of reach elsewhere
+        own = torch.add(s.detach(), (target > 0).to(s.dtype), alpha=1e30)
         return F.mse_loss(s, torch.minimum(target, own), reduction='sum')
 
     def extra_repr(self): return f"margins={'batch' if self.measured else 'fixed'!r}, {super().extra_repr()}"

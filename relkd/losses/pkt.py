@@ -13,8 +13,9 @@ from ..relations import full_precision
 
 # %% ../../nbs/losses/07_pkt.ipynb #8e816206
 def _parts(e, distinct, eps):
-    "Directions, lengths (infinite where there is none), kernel and its row sums; the kernel over the sums are the probabilities."
-    length = torch.linalg.vector_norm(e, dim=1, keepdim=True); length = length.masked_fill(length <= eps, float('inf'))
+    "Directions, lengths (infinite where there is none), kernel, its row sums: kernel over sums are the probabilities."
+    length = torch.linalg.vector_norm(e, dim=1, keepdim=True)
+    length = length.masked_fill(length <= eps, float('inf'))
     unit = e / length
     k = (unit @ unit.t() + 1).clamp(min=2e-8)                 # opposite embeddings: 0, up to rounding
     if distinct: k = k.masked_fill(torch.eye(k.shape[0], dtype=torch.bool, device=k.device), 0)
@@ -25,20 +26,23 @@ def conditional_probabilities(
     distinct:bool=False, # leave out j = i?
     eps:float=1e-5,      # an embedding no longer than this has no direction
 ) -> torch.Tensor: # (N, N), `[i, j]` is p(j | i); each row sums to 1
-    "The cosine of every pair, moved to [0, 1] and divided by the sum of its row (Passalis & Tefas 2018, cosine kernel)."
+    "Cosine of every pair, moved to [0, 1] and divided by the sum of its row (Passalis & Tefas 2018, cosine kernel)."
     *_, k, total = _parts(e, distinct, eps)
     return k / total
 
 # %% ../../nbs/losses/07_pkt.ipynb #4d2559ae
 class PKT(DistillationLoss):
-    "KL divergence of the conditional probabilities of a batch, teacher to student, cosine kernel (Passalis & Tefas 2018; the mean as in the authors' code)."
+    """KL divergence of the conditional probabilities of a batch, teacher to student (Passalis & Tefas 2018).
+    The cosine kernel; the mean as in the authors' code."""
     def __init__(self,
-        reduction:str='mean', # 'mean': over all N^2 entries, the authors' code; 'batchmean': the divergence, a sum over j and a mean over i
+        reduction:str='mean', # 'mean' over all N^2 entries (authors' code), or 'batchmean': sum over j, mean over i
         distinct:bool=False,  # leave out j = i, from the probabilities and from the mean?
         eps:float=1e-7,       # added to both probabilities inside the logarithm, at least 1e-7
     ):
         super().__init__()
-        if reduction not in ('mean', 'batchmean'): raise ValueError(f"PKT needs reduction 'mean' (the authors') or 'batchmean' (the divergence); got {reduction!r}")
+        if reduction not in ('mean', 'batchmean'):
+            raise ValueError("PKT needs reduction 'mean' (the authors') or 'batchmean' (the divergence); "
+                             f"got {reduction!r}")
         if not eps >= 1e-7: raise ValueError(f"PKT needs an eps of at least 1e-7, float32 resolves no less; got {eps}")
         self.reduction, self.distinct, self.eps = reduction, distinct, eps
 
@@ -51,8 +55,10 @@ class PKT(DistillationLoss):
         n = s.shape[0]
         count = n if self.reduction == 'batchmean' else n * (n - 1) if self.distinct else n * n
         with full_precision(s), torch.no_grad():
-            p = conditional_probabilities(t, self.distinct); unit, length, k, total = _parts(s, self.distinct, 1e-5)
-            q = k / total; gap, floor = q - p, p + self.eps   # the gap sums to 0 in every row
+            p = conditional_probabilities(t, self.distinct)
+            unit, length, k, total = _parts(s, self.distinct, 1e-5)
+            q = k / total
+            gap, floor = q - p, p + self.eps   # the gap sums to 0 in every row
             kl = (gap - p * torch.log1p(gap / floor)).sum() / count
             g = (gap + self.eps) / (gap + floor)
             A = ((g - (q * g).sum(1, keepdim=True)) / (total * count)).masked_fill(k <= 2e-8, 0)

@@ -18,7 +18,9 @@ def _pair(student, teacher, least, loss):
     if not isinstance(teacher, Sides): return as_pair(student, teacher, least, loss)
     student, _ = as_pair(student, student, least, loss)
     ns, nt = student.shape[0], teacher.q.shape[0]
-    if ns != nt: raise ValueError(f"{loss} needs student and teacher embeddings of the same samples; got N = {ns} and the sides of N = {nt}")
+    if ns != nt:
+        raise ValueError(f"{loss} needs student and teacher embeddings of the same samples; "
+                         f"got N = {ns} and the sides of N = {nt}")
     return student, teacher
 
 class _OfSides(DistillationLoss):
@@ -27,7 +29,8 @@ class _OfSides(DistillationLoss):
     def teacher_part(self, teacher): return sides(teacher)
 
 class RKDDistance(_OfSides):
-    "Distance-wise loss RKD-D: Huber loss of the pairwise distances, each divided by its batch mean (Park et al. 2019, Sec. 3.2)."
+    """Distance-wise loss RKD-D: Huber loss of the pairwise distances (Park et al. 2019, Sec. 3.2).
+    Each distance is divided by the mean of its batch."""
     def __init__(self,
         distinct:bool=False, # mean over pairs of distinct samples (the paper's) instead of all N^2 (the authors' code)
     ):
@@ -50,10 +53,10 @@ class RKDDistance(_OfSides):
 
 # %% ../../nbs/losses/00_rkd.ipynb #aa4d3e57
 class RKDAngle(_OfSides):
-    "Angle-wise loss RKD-A: Huber loss of the cosines at every vertex, in memory of order N^2 (Park et al. 2019, Sec. 3.2)."
+    "Angle-wise loss RKD-A: Huber loss of the cosines at every vertex, in O(N^2) memory (Park et al. 2019, Sec. 3.2)."
     def __init__(self,
-        distinct:bool=False, # mean over triplets of distinct samples (the paper's) instead of all N^3 (the authors' code)
-        compiled:bool=False, # fuse the inner loop with torch.compile: needs a compiler, and some seconds at the first call
+        distinct:bool=False, # mean over triplets of distinct samples (paper) instead of all N^3 (authors' code)
+        compiled:bool=False, # fuse the inner loop by torch.compile: needs a compiler, and seconds at the first call
     ):
         super().__init__()
         self.distinct, self.compiled = distinct, compiled
@@ -78,7 +81,7 @@ class RKDAngle(_OfSides):
 
 # %% ../../nbs/losses/00_rkd.ipynb #f1602abe
 class RKD(_OfSides):
-    "RKD-DA: `w_distance` times the distance-wise plus `w_angle` times the angle-wise loss (Park et al. 2019, Sec. 3.2)."
+    "RKD-DA: `w_distance` times the distance-wise, `w_angle` times the angle-wise loss (Park et al. 2019, Sec. 3.2)."
     def __init__(self,
         w_distance:float=25.,  # weight of RKDDistance; 25 in classification, 1 in metric learning
         w_angle:float=50.,     # weight of RKDAngle; 50 in classification, 2 in metric learning

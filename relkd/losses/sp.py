@@ -13,8 +13,10 @@ from ..relations import full_precision
 
 # %% ../../nbs/losses/04_sp.ipynb #7acc1f72
 def _normalised(gram, norm, eps):
-    "Gram matrices (..., N, N), which are overwritten, over their lengths; the lengths, infinite for silent rows, over the longest embedding; and that."
-    longest = gram.detach().amax((-2, -1), keepdim=True).sqrt_().clamp_(min=eps)   # the largest entry stands on the diagonal; cancels below, its gradient too
+    """Gram matrices (..., N, N), which are overwritten, over their lengths; these; the length of the longest embedding.
+    Lengths are measured in the longest embedding's, and infinite for silent rows."""
+    # the largest entry stands on the diagonal; it cancels below, its gradient too
+    longest = gram.detach().amax((-2, -1), keepdim=True).sqrt_().clamp_(min=eps)
     length = torch.linalg.vector_norm(gram.div_(longest), dim=-1 if norm == 'row' else (-2, -1), keepdim=True)
     length = length.masked_fill(length <= eps, float('inf'))
     return gram / length, length, longest
@@ -22,30 +24,35 @@ def _normalised(gram, norm, eps):
 def similarities(
     e:torch.Tensor,    # (N, D), float32 or float64
     norm:str='row',    # 'row': each row of the Gram matrix has length 1; 'global': the whole matrix has
-    eps:float=1e-5,    # a row whose length over that of the longest embedding is no more than this is similar to nothing
+    eps:float=1e-5,    # a row no longer than this share of the longest embedding is similar to nothing
 ) -> torch.Tensor: # (N, N), rows of length 1 or 0 throughout; or a matrix of norm 1 or 0 throughout
     "The Gram matrix of a batch, normalised (Tung & Mori 2019, row-wise)."
     return _normalised(e @ e.t(), norm, eps)[0]
 
 # %% ../../nbs/losses/04_sp.ipynb #4e94514b
 class SP(DistillationLoss):
-    "Mean squared difference of the row-normalised Gram matrices of a batch (Tung & Mori 2019, the similarity-preserving loss)."
+    """Mean squared difference of the row-normalised Gram matrices of a batch (Tung & Mori 2019).
+    The similarity-preserving loss."""
     def __init__(self,
-        norm:str='row', # 'row': every row for itself, as in the paper; 'global': one Frobenius norm for the whole matrix
+        norm:str='row', # 'row': every row by itself (paper); 'global': one Frobenius norm for the whole matrix
     ):
         super().__init__()
-        if norm not in ('row', 'global'): raise ValueError(f"SP needs norm 'row' (the paper's) or 'global'; got {norm!r}")
+        if norm not in ('row', 'global'):
+            raise ValueError(f"SP needs norm 'row' (the paper's) or 'global'; got {norm!r}")
         self.norm = norm
 
     def forward(self,
         student, # (N, D_S) or (N, C, H, W), which is flattened, or a list of layers: receives the gradient
         teacher, # (N, D_T) or (N, C', H', W'), or a list of as many: receives none; N the same
         index=None, # not needed
-    ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 4 / N ('global': 2 / N^2), float32 at least. Raises ValueError on bad shapes or N < 2
+    ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 4 / N ('global': 2 / N^2), float32 at least
+        "Raises ValueError on bad shapes or N < 2."
         if isinstance(student, torch.Tensor) and isinstance(teacher, torch.Tensor): return self._one(student, teacher)
         layers = [list(e) if isinstance(e, (list, tuple)) else [e] for e in (student, teacher)]
         ns, nt = map(len, layers)
-        if ns != nt or not ns: raise ValueError(f"SP needs as many layers of the teacher as of the student, at least one; got {ns} of the student and {nt} of the teacher")
+        if ns != nt or not ns:
+            raise ValueError("SP needs as many layers of the teacher as of the student, at least one; "
+                             f"got {ns} of the student and {nt} of the teacher")
         losses = [self._one(s, t) for s, t in zip(*layers)]
         return sum(losses[1:], losses[0])
 
@@ -53,8 +60,11 @@ class SP(DistillationLoss):
         s, t = as_pair(s, t, 2, 'SP')
         dtype, over = torch.promote_types(s.dtype, t.dtype), -1 if self.norm == 'row' else (-2, -1)
         with full_precision(s), torch.no_grad():
-            x, y = s.to(dtype), t.to(dtype); tables, length, longest = _normalised(torch.stack([x @ x.t(), y @ y.t()]), self.norm, 1e-5); P, Q = tables.unbind()
-            gap = P - Q; loss = gap.square().mean()
+            x, y = s.to(dtype), t.to(dtype)
+            tables, length, longest = _normalised(torch.stack([x @ x.t(), y @ y.t()]), self.norm, 1e-5)
+            P, Q = tables.unbind()
+            gap = P - Q
+            loss = gap.square().mean()
             A = torch.addcmul(gap, P, (P * gap).sum(over, keepdim=True), value=-1).div_(length[0] * (gap.numel() / 2))
             gradient = ((A + A.t()) @ (x / longest[0])).to(s.dtype)
         return known_gradient(s, loss, gradient, 'SP', 'use mse_loss of two similarities() for that')

@@ -17,7 +17,8 @@ from ..relations import full_precision
 
 # %% ../../nbs/losses/06_vid.ipynb #a8f43ff3
 class VID(DistillationLoss):
-    "Negative log-density of the teacher's layer under a Gaussian around a regression of the student's (Ahn et al. 2019, mean over all numbers as in the circulating code, without log(2 pi) / 2)."
+    """Negative log-density of the teacher's layer under a Gaussian around a regression of the student's.
+    Ahn et al. 2019; a mean over all numbers as in the circulating code, without log(2 pi) / 2."""
     def __init__(self,
         in_channels,              # C_S or D_S, of the student's layer; a list for several layers
         out_channels,             # C_T or D_T, of the teacher's layer; a list of as many
@@ -27,14 +28,20 @@ class VID(DistillationLoss):
     ):
         super().__init__()
         sizes = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)]
-        sizes.insert(1, sizes[1] if mid_channels is None else list(mid_channels) if isinstance(mid_channels, (list, tuple)) else [mid_channels] * len(sizes[1]))
+        if mid_channels is None: hidden = sizes[1]
+        else: hidden = list(mid_channels) if isinstance(mid_channels, (list, tuple)) else [mid_channels] * len(sizes[1])
+        sizes.insert(1, hidden)
         if len({len(c) for c in sizes}) > 1 or not sizes[0] or min(sum(sizes, [])) < 1:
-            raise ValueError(f"VID needs as many in_channels as out_channels (and mid_channels), each at least 1; got {in_channels} and {out_channels} (and {mid_channels})")
-        if not 0 < eps < init_variance < float('inf'): raise ValueError(f"VID needs 0 < eps < init_variance; got eps = {eps} and init_variance = {init_variance}")
+            raise ValueError("VID needs as many in_channels as out_channels (and mid_channels), each at least 1; "
+                             f"got {in_channels} and {out_channels} (and {mid_channels})")
+        if not 0 < eps < init_variance < float('inf'):
+            raise ValueError(f"VID needs 0 < eps < init_variance; got eps = {eps} and init_variance = {init_variance}")
         conv = lambda i, o: nn.Conv2d(i, o, 1, bias=False)
-        self.regressors = nn.ModuleList(nn.Sequential(conv(i, m), nn.ReLU(), conv(m, m), nn.ReLU(), conv(m, o)) for i, m, o in zip(*sizes))
+        self.regressors = nn.ModuleList(
+            nn.Sequential(conv(i, m), nn.ReLU(), conv(m, m), nn.ReLU(), conv(m, o)) for i, m, o in zip(*sizes))
         start = init_variance - eps
-        self.alphas = nn.ParameterList(torch.full((o,), start + math.log(-math.expm1(-start))) for o in sizes[2])   # softplus backwards
+        alpha = start + math.log(-math.expm1(-start))    # softplus backwards
+        self.alphas = nn.ParameterList(torch.full((o,), alpha) for o in sizes[2])
         self.eps = eps
 
     @classmethod
@@ -56,17 +63,20 @@ class VID(DistillationLoss):
         student, # (N, C_S, H, W) or (N, D_S), or a list: receives the gradient
         teacher, # (N, C_T, H', W') or (N, D_T), or a list: receives none; N the same
         index=None, # not needed
-    ) -> torch.Tensor: # 0-dim, nats per number, may be negative; the sum over layers, float32 at least. Raises ValueError on bad shapes
+    ) -> torch.Tensor: # 0-dim, nats per number, may be negative; the sum over layers, float32 at least
+        "Raises ValueError on bad shapes."
         pairs = as_map_pairs(student, teacher, 'VID', embeddings=True)
-        if len(pairs) != len(self.regressors): raise ValueError(f"VID was made for {len(self.regressors)} layer(s); got {len(pairs)}")
+        if len(pairs) != len(self.regressors):
+            raise ValueError(f"VID was made for {len(self.regressors)} layer(s); got {len(pairs)}")
         return sum(self._one(*layer) for layer in zip(self.regressors, self.alphas, pairs))
 
     def _one(self, regressor, alpha, pair):
         s, t = pair
         if (s.shape[1], t.shape[1]) != (regressor[0].in_channels, len(alpha)):
-            raise ValueError(f"VID was made for {regressor[0].in_channels} student and {len(alpha)} teacher channels; got {s.shape[1]} and {t.shape[1]}: VID.from_features reads them from an example")
+            raise ValueError(f"VID was made for {regressor[0].in_channels} student and {len(alpha)} teacher channels; "
+                             f"got {s.shape[1]} and {t.shape[1]}: VID.from_features reads them from an example")
         dtype = torch.promote_types(s.dtype, alpha.dtype)
-        if s.dim() == 4 and s.shape[2] * s.shape[3] == 1: s, t = s.flatten(1), t.flatten(1)       # a matrix product is faster
+        if s.dim() == 4 and s.shape[2] * s.shape[3] == 1: s, t = s.flatten(1), t.flatten(1)    # a product is faster
         with full_precision(s):
             s, t, variance = s.to(dtype), t.to(dtype), F.softplus(alpha.to(dtype)) + self.eps
             for k, conv in enumerate(regressor[::2]):
