@@ -105,7 +105,7 @@ def _tests(records, frame, base, title):
         ax.set_title(t + (f'\n{base} {of.loc[base, "last"]:.2f} %' if base in of.index else ''), fontsize=10)
         _plain(ax)
     axes[0].set_yticks(range(len(rows)), rows)
-    axes[0].set_ylim(len(rows) - .5, -.5)
+    axes[0].set_ylim(max(len(rows), 1) - .5, -.5)
     cross = '; cross: the paper, quoted' if frame['paper'].notna().any() else ''
     fig.supxlabel(f'difference to {base} on the same episodes (points)\n'
                   f'dots: seeds; thick bar: 95 % over episodes; thin bar: 95 % over seeds{cross}', fontsize=9)

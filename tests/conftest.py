@@ -11,6 +11,17 @@ settings.register_profile("relkd", derandomize=True, deadline=None)      # the s
 settings.load_profile("relkd")
 
 
+LONGEST = ["20_zoo", "test_processes", "test_notebook_executes", "test_run.py", "test_cli.py", "test_rehearsal"]
+
+
+def pytest_collection_modifyitems(items):
+    "What takes long starts first, so that no worker is left with it at the end."
+    def place(item):
+        return next((k for k, name in enumerate(LONGEST) if name in item.nodeid), len(LONGEST))
+
+    items.sort(key=place)
+
+
 def pytest_addoption(parser):
     parser.addoption("--flags", default="", help="run the notebook cells with these flags too: 'slow', 'slow cuda'")
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from relkd.distill import Objective, Row, Term
+from relkd.distill import Look, Objective, Row, Term
 from relkd.features import Features
 from helpers import CASES, DEFAULTS, as_given, case, gen, value_and_gradients
 
@@ -79,7 +79,7 @@ def test_a_step_of_training_through_inductor():
 
     def step(student):
         read = Features(student, objective.student_layers)
-        return lambda x, y: objective(read(x), dict(seen), y)
+        return lambda x, y: objective(read(x), Look(seen), y)
 
     results = []
     for compiled in (False, True):

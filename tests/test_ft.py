@@ -141,18 +141,19 @@ def test_paraphrasers_stay_in_evaluation_mode_outside_prepare():
 
 def test_the_engine_trains_the_paraphraser_first_and_then_leaves_it_alone():
     from relkd.data import Batches, load
-    from relkd.distill import Row, Term
+    from relkd.distill import Row, Stage, Term
     from relkd.models import create
     from relkd.train import Learner, Schedule, fit
 
     term = Term("FT", 200., "layer3", "layer3", {"batchnorm": True})
-    learner = Learner(create("resnet8x0.5", 10, 1), Row("FT", (term,), first=(replace(term, weight=1.),), first_epochs=1), Schedule(1, 50, .05, weight_decay=5e-4))
+    row = Row("FT", (term,), before=(Stage((replace(term, weight=1.),), 1),))
+    learner = Learner(create("resnet8x0.5", 10, 1), row, Schedule(1, 50, .05, weight_decay=5e-4))
     parts, step, seen = None, learner.step, []
 
     def watched(*args):
         nonlocal parts
         loss = next(iter(learner.objective.losses.values()))
-        first, parts = learner.first_stage, (loss.paraphrasers, loss.translators, learner.model)
+        first, parts = learner.stage == 0, (loss.paraphrasers, loss.translators, learner.model)
         before = [{k: v.clone() for k, v in m.state_dict().items() if "running" not in k and "num" not in k or m is loss.paraphrasers} for m in parts]
         step(*args)
         seen.append((first, [all(v.equal(m.state_dict()[k]) for k, v in b.items()) for m, b in zip(parts, before)]))

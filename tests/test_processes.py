@@ -16,11 +16,13 @@ from relkd.train.processes import asked_by_any, average_gradients, gathered
 
 HERE = Path(__file__).resolve().parent
 
+pytestmark = pytest.mark.xdist_group("processes")          # one worker makes what all of them look at
+
 
 @pytest.fixture(scope="module", params=[2, 3])
 def several(request, tmp_path_factory, relkd_env):
     at, n = tmp_path_factory.mktemp(f"processes{request.param}"), request.param
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(HERE / "ddp_worker.py"), str(at)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", str(n), str(HERE / "ddp_worker.py"), str(at)]
     done = subprocess.run(command, env=relkd_env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return n, at, [torch.load(at / f"{rank}.pt", weights_only=True) for rank in range(n)]
