@@ -55,10 +55,9 @@ def _known(name):
     if name not in known:
         raise ValueError(nearest('recipe', name, known))
 
-def _session(out, device, precision=None, budget=None, part_size=None, data=None, replace=False):
+def _session(out, device, precision=None, part_size=None, data=None, replace=False):
     from relkd.train.session import Session
-    part = size(part_size) if part_size else None
-    return Session(out, device, precision, True, None, part_size=part, root=data, replace=replace)
+    return Session(out, device, precision, progress=True, part_size=part_size, root=data, replace=replace)
 
 def _run(recipe, session, budget=None):
     "Run a recipe and print its table. What was stopped says how to go on."
@@ -117,9 +116,9 @@ def run(
     precision:Optional[str]=PRECISION, data:Optional[str]=DATA, out:str=OUT, device:str=DEVICE,
 ):
     "Run what is missing of a recipe, then draw its table. Stopped at any moment, the same command goes on."
-    limit, _ = seconds(budget) if budget else None, size(part_size) if part_size else None
+    limit, part = seconds(budget) if budget else None, size(part_size) if part_size else None
     wanted = _wanted(name, rows, seeds, epochs, shots, settings, device, precision)
-    _run(wanted, _session(out, device, precision, budget, part_size, data, replace), limit)
+    _run(wanted, _session(out, device, precision, part, data, replace), limit)
 
 @app.command()
 def table(
@@ -147,11 +146,8 @@ def publish(
 @app.command()
 def recipes(name:Optional[str]=typer.Argument(None, help='Show this one whole.')):
     "List the recipes, or show one."
-    if name:
-        print(_wanted(name))
-        return
     from relkd.catalogue import known_recipes
-    print('\n'.join(f'{n:22} {title}' for n, title in known_recipes().items()))
+    print(_wanted(name) if name else '\n'.join(f'{n:22} {title}' for n, title in known_recipes().items()))
 
 @app.command()
 def tensorboard(
