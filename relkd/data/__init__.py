@@ -7,7 +7,7 @@ __all__ = ['PLAIN', 'read_plain', 'colour_jitter', 'flip', 'pad_crop', 'rotate',
            'load', 'CIFAR10', 'CIFAR100', 'CIFAR_FS', 'CLASSES', 'FC100', 'HELD_OUT', 'SUPERCLASSES', 'digits',
            'ByClass', 'ClassBalanced', 'Episodes', 'by_class', 'check_episodes', 'draw_episodes', 'episode_labels',
            'MINIIMAGENET', 'OMNIGLOT', 'area_resize', 'nearest_resize', 'Dataset', 'joined', 'Source', 'data_root',
-           'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET']
+           'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET', 'class_groups', 'halves']
 
 # %% ../../nbs/data/index.ipynb #5db9e0e4
 from .arrays import PLAIN, read_plain
@@ -19,8 +19,10 @@ from .episodes import ByClass, ClassBalanced, Episodes
 from .episodes import by_class, check_episodes, draw_episodes, episode_labels
 from .miniimagenet import MINIIMAGENET
 from .omniglot import OMNIGLOT, area_resize, nearest_resize
+from .retrieval import class_groups
 from .sets import Dataset, joined
 from .source import Source, data_root, download
+from .splits import halves
 from .streams import Batches, Stream, few_per_class
 from .tinyimagenet import TINYIMAGENET
 
@@ -28,4 +30,4 @@ _all_ = ['PLAIN', 'read_plain', 'colour_jitter', 'flip', 'pad_crop', 'rotate', '
          'inventory', 'load', 'CIFAR10', 'CIFAR100', 'CIFAR_FS', 'CLASSES', 'FC100', 'HELD_OUT', 'SUPERCLASSES',
          'digits', 'ByClass', 'ClassBalanced', 'Episodes', 'by_class', 'check_episodes', 'draw_episodes',
          'episode_labels', 'MINIIMAGENET', 'OMNIGLOT', 'area_resize', 'nearest_resize', 'Dataset', 'joined', 'Source',
-         'data_root', 'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET']
+         'data_root', 'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET', 'class_groups', 'halves']

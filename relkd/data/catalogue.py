@@ -33,7 +33,7 @@ def _source(name, root): # (Source, its root)
 def load(
     name:str,  # one of SOURCES, a folder of one's own below the root, or the path of one
     root=None, # where to look; as data_root takes it
-    **options  # of a source that leaves a choice: resize='nearest' for 'omniglot', size=32 for images in folders
+    **options  # of a source that leaves a choice: resize='nearest' for 'omniglot', size=32 for images in folders, split='retrieval'
 ) -> Dataset:
     "The data set of that name. Raises ValueError for an unknown one, naming the nearest, or a missing or damaged one."
     source, root = _source(name, data_root(root))

@@ -14,7 +14,7 @@ import torch
 from .arrays import check_order, nchw, plain_place, read_plain
 from .sets import Dataset, joined
 from .source import Source, fetch_torchvision
-from .splits import held_out_splits
+from .splits import halves, held_out_splits
 
 # %% ../../nbs/data/08_cifar.ipynb #448c8638
 SUPERCLASSES = {  # CIFAR-100's 20 groups of 5
@@ -73,7 +73,7 @@ def _cifar(name, folder, files):
 
 _TEN = (*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch', 'batches.meta')
 CIFAR10 = _cifar('cifar10', 'cifar-10-batches-py', _TEN)
-CIFAR100 = _cifar('cifar100', 'cifar-100-python', ('train', 'test', 'meta'))
+CIFAR100 = replace(_cifar('cifar100', 'cifar-100-python', ('train', 'test', 'meta')), splits={'retrieval': halves})
 
 # %% ../../nbs/data/08_cifar.ipynb #67d1c4c8
 HELD_OUT = {
@@ -98,4 +98,4 @@ def _of_cifar100(root, name):
     return replace(CIFAR100(root), name=name, splits=few_shot_splits(name))
 
 _SAME = tuple((words, files, _of_cifar100) for words, files, _ in CIFAR100.places)
-CIFAR_FS, FC100 = (replace(CIFAR100, name=n, places=_SAME) for n in ('cifar_fs', 'fc100'))
+CIFAR_FS, FC100 = (replace(CIFAR100, name=n, places=_SAME, splits={}) for n in ('cifar_fs', 'fc100'))

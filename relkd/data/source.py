@@ -9,10 +9,11 @@ __all__ = ['data_root', 'Source', 'download', 'fetch_torchvision']
 import logging
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from .sets import Dataset
+from ..ground import nearest
 
 # %% ../../nbs/data/06_source.ipynb #3bce358d
 def data_root(
@@ -30,6 +31,7 @@ class Source:
     how:str          # to get it, in words
     get:object=None  # function of (root, progress) that downloads it, if it can be downloaded
     options:tuple=() # names of what a reader may choose
+    splits:dict=field(default_factory=dict) # 'retrieval' -> function of the Dataset that gives it split otherwise
 
     def place(self,
         root:Path,
@@ -39,14 +41,16 @@ class Source:
 
     def find(self,
         root=None, # as data_root takes it
-        **options  # of those in `self.options`
+        **options  # of those in `self.options`, and split, of those in `self.splits`
     ) -> tuple: # of places
         "The place that would be read. Raises ValueError if there is none, and for an option that it has not."
-        root = data_root(root)
+        root, known = data_root(root), (*self.options, *(['split'] if self.splits else []))
         for k in options:
-            if k not in self.options:
-                has = f"has {', '.join(self.options)}" if self.options else 'has none'
+            if k not in known:
+                has = f"has {', '.join(known)}" if known else 'has none'
                 raise ValueError(f"data set {self.name!r} has no option {k!r}: it {has}")
+        if 'split' in options and options['split'] not in self.splits:
+            raise ValueError(nearest(f'split of {self.name}', str(options['split']), self.splits))
         if found := self.place(root): return found
         begun = [p[1] for p in self.places if any((root / f).exists() for f in p[1])]
         lacks = [f for files in begun for f in files if not (root / f).exists()]
@@ -57,11 +61,12 @@ class Source:
 
     def __call__(self,
         root=None, # as data_root takes it
-        **options  # of those in `self.options`
+        **options  # as `find` takes them
     ) -> Dataset:
         "Read it. Raises ValueError as `find` does, and if it is damaged."
         _, _, read = self.find(root, **options)
-        return read(data_root(root), self.name, **options)
+        split = self.splits[options.pop('split')] if 'split' in options else lambda data: data
+        return split(read(data_root(root), self.name, **options))
 
 # %% ../../nbs/data/06_source.ipynb #52e8d569
 def _first_line(error): return (str(error).splitlines() or [type(error).__name__])[0]

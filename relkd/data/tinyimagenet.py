@@ -15,6 +15,7 @@ import numpy as np
 from .arrays import plain_place, read_plain, whole_folder
 from .images import open_zip, save_images
 from .source import Source, download
+from .splits import halves
 
 # %% ../../nbs/data/09_tinyimagenet.ipynb #d3e12137
 TOP = 'tiny-imagenet-200'
@@ -61,4 +62,4 @@ TINY = {'url': 'http://cs231n.stanford.edu/tiny-imagenet-200.zip',
 def _get(root, progress): return download(path=root / f'{TOP}.zip', progress=progress, **TINY)
 
 TINYIMAGENET = Source('tinyimagenet', (plain_place('tinyimagenet'), (f'{TOP}.zip', (f'{TOP}.zip',), _unpack)),
-                      '`relkd data get tinyimagenet` fetches it', _get)
+                      '`relkd data get tinyimagenet` fetches it', _get, splits={'retrieval': halves})
