@@ -122,6 +122,7 @@ class ClassBalanced(Stream):
     images:int           # K, of each class
     seed:int             # of the order
     length:int=None      # batches of an epoch; by default as many as the images would fill
+    augment:tuple=()     # pairs (function, options), applied to the bytes in order
 
     def __post_init__(self):
         self.pixels, self.labels = self.data.split(self.split)
@@ -143,4 +144,7 @@ class ClassBalanced(Stream):
         g = self.generator(number)
         for _ in range(self.length):                    # one at a time: a class may have thousands of images
             index = _draw(self.table, self.classes, self.images, 1, g).flatten()
-            yield index, self.data.normalise(self.pixels[index]), self.labels[index]
+            x = self.pixels[index]
+            for f, options in self.augment:
+                x = f(x, generator=g, **options)
+            yield index, self.data.normalise(x), self.labels[index]
