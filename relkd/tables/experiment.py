@@ -26,21 +26,25 @@ from ..tasks.task import Task
 from ..train.processes import synchronised
 from ..train.session import Session, chosen_precision
 
-# %% ../../nbs/lab/31_experiment.ipynb #5c308ef9
-@dataclass(frozen=True)
-class Group:
-    "Cells that share a teacher and a stream of batches: they are trained side by side."
-    task:Task
-    seeds:tuple
-    stream:int
-    label:str
-
+# %% ../../nbs/lab/31_experiment.ipynb #fe995346
 def _of_file(path):
     path = Path(path)
     return {'file': path.name, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
 
-class Experiment:
-    "A recipe with its data on a device. Raises ValueError before anything is trained if the two do not fit."
+def _check_layers(experiment):
+    "A layer that does not exist is said now, not after hours."
+    recipe = experiment.recipe
+    objectives = [Objective(r, recipe.task) for r in recipe.rows]
+    students = [n for o in objectives for n in o.student_layers]
+    teachers = [n for o in objectives for n in o.teacher_layers]
+    if students:
+        Features(experiment.network(recipe.student, recipe.tasks[0], 0), students)
+    if teachers:
+        Features(experiment.network(recipe.teacher, recipe.tasks[0].for_teacher(), 0), teachers)
+
+# %% ../../nbs/lab/31_experiment.ipynb #16365604
+class _Bound:
+    "A recipe with its data on a device."
     def __init__(self,
         recipe:Recipe,
         session:Session,
@@ -56,17 +60,7 @@ class Experiment:
             task.check(data)
             task.for_teacher().check(data)
         self.data = data.to(self.fabric.device)
-        self._check_layers()
-
-    def _check_layers(self):
-        "A layer that does not exist is said now, not after hours."
-        objectives = [Objective(r, self.recipe.task) for r in self.recipe.rows]
-        students = [n for o in objectives for n in o.student_layers]
-        teachers = [n for o in objectives for n in o.teacher_layers]
-        if students:
-            Features(self.network(self.recipe.student, self.recipe.tasks[0], 0), students)
-        if teachers:
-            Features(self.network(self.recipe.teacher, self.recipe.tasks[0].for_teacher(), 0), teachers)
+        _check_layers(self)
 
     def network(self,
         of,         # name or function
@@ -78,16 +72,27 @@ class Experiment:
         net = net.to(self.fabric.device, memory_format=torch.channels_last)
         return synchronised(net, self.fabric)
 
-    def groups(self) -> list: # of Group
-        "Cells that are trained side by side, in the order in which they are."
-        r, found = self.recipe, []
-        for seeds in ([r.seeds] if r.together else [(s,) for s in r.seeds]):
-            found += [(task, seeds) for task in r.tasks]
-        def label(k, task):
-            place = ''.join(f'{v}-{n} ' for n, v in r.variant(task).items())
-            return f'{k + 1}/{len(found)} {place}' if len(found) > 1 else place
-        return [Group(t, s, 0 if r.together else s[0], label(k, t)) for k, (t, s) in enumerate(found)]
+# %% ../../nbs/lab/31_experiment.ipynb #106bfa3e
+@dataclass(frozen=True)
+class Group:
+    "Cells that share a teacher and a stream of batches: they are trained side by side."
+    task:Task
+    seeds:tuple
+    stream:int
+    label:str
 
+def _groups(recipe):
+    r, found = recipe, []
+    for seeds in ([r.seeds] if r.together else [(s,) for s in r.seeds]):
+        found += [(task, seeds) for task in r.tasks]
+    def label(k, task):
+        place = ''.join(f'{v}-{n} ' for n, v in r.variant(task).items())
+        return f'{k + 1}/{len(found)} {place}' if len(found) > 1 else place
+    return [Group(t, s, 0 if r.together else s[0], label(k, t)) for k, (t, s) in enumerate(found)]
+
+# %% ../../nbs/lab/31_experiment.ipynb #5c308ef9
+class Experiment(_Bound):
+    "A recipe with its data on a device. Raises ValueError before anything is trained if the two do not fit."
     def protocol(self,
         row:Row,
         task:Task,
@@ -108,6 +113,10 @@ class Experiment:
     def teacher_protocol(self, task:Task, stream:int) -> dict:
         "Everything that decides the teacher of a group."
         return self.protocol(Row('Teacher'), task.for_teacher(), stream, stream, teacher=True)
+
+    def groups(self) -> list: # of Group
+        "Cells that are trained side by side, in the order in which they are."
+        return _groups(self.recipe)
 
     @property
     def folder(self) -> Path: return Path(self.session.out) / '.runs' / self.recipe.name
@@ -153,6 +162,7 @@ def refuse_others(
 def of_earlier_version(experiment):
     return [p for p in sorted(experiment.folder.glob('*.ckpt')) if 'version' not in (manifest_of(p) or {'version': 0})]
 
+# %% ../../nbs/lab/31_experiment.ipynb #182e7e3a
 def clear_orphans(
     experiment:Experiment,
 ):

@@ -24,8 +24,8 @@ from ..train.schedule import Schedule
 
 # %% ../../nbs/lab/30_recipe.ipynb #91ccfcfe
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    "A table to be run. `print` shows it as a readable list. Raises ValueError for what cannot be."
+class _Fields:
+    "What stands in a recipe, and what it cannot be."
     name:str                    # as `relkd run` takes it
     title:str                   # one line
     data:object                 # name of a data set, a folder, or a function () -> Dataset
@@ -57,6 +57,9 @@ class Recipe:
         if unknown := [k for k in self.vary if k not in known]:
             raise ValueError(nearest(f'field of {type(self.task).__name__} to vary', unknown[0], known))
 
+# %% ../../nbs/lab/30_recipe.ipynb #211e7dbf
+class _Places(_Fields):
+    "The rows and axes of a table, from its fields."
     @property
     def base(self) -> str: # what differences are taken to
         return self.baseline or (self.rows[0].name if self.rows else 'Teacher')
@@ -78,17 +81,69 @@ class Recipe:
         task:Task, # one of `tasks`, or a teacher's
     ) -> dict: # {'shot': 1}; empty for a teacher that is the same on all places
         "Where a task stands on the further axes."
-        one_teacher = len({digest(described(t.for_teacher())) for t in self.tasks}) == 1
-        if task not in self.tasks and one_teacher:
+        if task not in self.tasks and len(_teachers(self.tasks)) == 1:
             return {}
         return {k: getattr(task, k) for k in self.vary}
 
     @property
     def runs(self) -> int: # teachers included
         tasks = self.tasks
-        teachers = len({digest(described(t.for_teacher())) for t in tasks}) * (1 if self.together else len(self.seeds))
+        teachers = len(_teachers(tasks)) * (1 if self.together else len(self.seeds))
         return len(self.rows) * len(self.seeds) * len(tasks) + teachers
 
+def _teachers(tasks):
+    return {digest(described(t.for_teacher())) for t in tasks}
+
+# %% ../../nbs/lab/30_recipe.ipynb #c6cb3baf
+def _of_rows(recipe, rows):
+    def plain(name): return name.lower().replace(' ', '')
+    for name in rows:
+        if plain(name) not in map(plain, recipe.row_names):
+            raise ValueError(nearest(f'row of {recipe.name}', name, recipe.row_names))
+    wanted = set(map(plain, rows))
+    return replace(recipe, rows=tuple(r for r in recipe.rows if plain(r.name) in wanted or r.name == recipe.base))
+
+def _only(recipe, axis, values):
+    there = recipe.vary.get(axis)
+    if there is None:
+        has = f"its axes are {', '.join(recipe.vary)}" if recipe.vary else 'it has none beside the seeds'
+        raise ValueError(f"{recipe.name} has no axis {axis!r}: {has}")
+    if not len(values) or not set(values) <= set(there):
+        raise ValueError(f"{recipe.name} has {axis} {', '.join(map(str, there))}; got {', '.join(map(str, values)) or 'none'}")
+    return replace(recipe, vary={**recipe.vary, axis: tuple(v for v in there if v in values)})
+
+def _shorter(recipe, epochs):
+    mine, of_teacher = recipe.schedule.cut_to(epochs), recipe.of_teacher
+    theirs = max(1, round(of_teacher.epochs * epochs / recipe.schedule.epochs))
+    said = f'{epochs} of {recipe.schedule.epochs} epochs'
+    if recipe.teacher_schedule:
+        said += f' (teacher {theirs} of {of_teacher.epochs})'
+    return replace(recipe, name=f'{recipe.name}-{epochs}epochs', schedule=mine, cut='; '.join(filter(None, (said, recipe.cut))),
+                   teacher_schedule=of_teacher.cut_to(theirs) if recipe.teacher_schedule else None)
+
+# %% ../../nbs/lab/30_recipe.ipynb #a22d4328
+def _lines(recipe):
+    r = recipe
+    options = ''.join(f', {k} {v}' for k, v in r.data_options.items())
+    repeat = 'one teacher and one stream of batches for all' if r.together else 'each with its own teacher and batches'
+    given = f'weights from {r.teacher_weights}' if r.teacher_weights else str(r.of_teacher)
+    yield 'recipe', f'{r.name}: {r.title}'
+    yield 'data', called(r.data) + options
+    yield 'task', re.sub(r'<function (\w+) at \w+>', r'\1', str(r.task))
+    for axis, values in r.vary.items():
+        yield f'for each {axis} of', ', '.join(map(str, values))
+    yield 'teacher', f'{called(r.teacher)}; {given}'
+    yield 'student', f'{called(r.student)}; {r.schedule}'
+    yield 'precision', r.precision or 'bf16 on a GPU, 32 on a CPU'
+    yield 'seeds', f"{', '.join(map(str, r.seeds))}; {repeat}"
+    for row in r.rows:
+        yield f'row {row.name}', row.in_words(r.task.loss_name)
+    if r.cut:
+        yield 'cut down', r.cut
+
+# %% ../../nbs/lab/30_recipe.ipynb #fdbb62ca
+class Recipe(_Places):
+    "A table to be run. `print` shows it as a readable list. Raises ValueError for what cannot be."
     def reduced(self,
         rows=None,   # names; the row that differences are taken to is always kept, and the teacher
         seeds=None,  # numbers
@@ -96,39 +151,13 @@ class Recipe:
         **vary,      # values of the further axes: shot=(1,)
     ) -> 'Recipe':
         "The recipe with less of it. Other epochs are another experiment, and get another name. Raises ValueError for what it has not."
-        new, plain = self, lambda name: name.lower().replace(' ', '')
-        if rows is not None:
-            wanted, known = set(map(plain, rows)), {plain(n): n for n in self.row_names}
-            for name in rows:
-                if plain(name) not in known:
-                    raise ValueError(nearest(f'row of {self.name}', name, self.row_names))
-            new = replace(new, rows=tuple(r for r in self.rows if plain(r.name) in wanted or r.name == self.base))
+        new = self if rows is None else _of_rows(self, rows)
         if seeds is not None:
             new = replace(new, seeds=tuple(dict.fromkeys(seeds)))
         for axis, values in vary.items():
             if values is not None:
-                new = new._only(axis, values)
-        if epochs is not None and epochs != self.schedule.epochs:
-            new = new._shorter(epochs)
-        return new
-
-    def _only(self, axis, values):
-        there = self.vary.get(axis)
-        if there is None:
-            has = f"its axes are {', '.join(self.vary)}" if self.vary else 'it has none beside the seeds'
-            raise ValueError(f"{self.name} has no axis {axis!r}: {has}")
-        if not len(values) or not set(values) <= set(there):
-            raise ValueError(f"{self.name} has {axis} {', '.join(map(str, there))}; got {', '.join(map(str, values)) or 'none'}")
-        return replace(self, vary={**self.vary, axis: tuple(v for v in there if v in values)})
-
-    def _shorter(self, epochs):
-        mine, of_teacher = self.schedule.cut_to(epochs), self.of_teacher
-        theirs = max(1, round(of_teacher.epochs * epochs / self.schedule.epochs))
-        said = f'{epochs} of {self.schedule.epochs} epochs'
-        if self.teacher_schedule:
-            said += f' (teacher {theirs} of {of_teacher.epochs})'
-        return replace(self, name=f'{self.name}-{epochs}epochs', schedule=mine, cut='; '.join(filter(None, (said, self.cut))),
-                       teacher_schedule=of_teacher.cut_to(theirs) if self.teacher_schedule else None)
+                new = _only(new, axis, values)
+        return new if epochs is None or epochs == self.schedule.epochs else _shorter(new, epochs)
 
     def with_value(self,
         path:str, # 'schedule.lr', 'task.labelled', 'rows.RKD-D.terms.0.weight'
@@ -152,25 +181,7 @@ class Recipe:
         if self.teacher_weights and not Path(self.teacher_weights).exists():
             raise ValueError(f"no file {self.teacher_weights} of the teacher's weights: name the file, or let the teacher be trained")
 
-    def __str__(self): return '\n'.join(f'{k:22} {v}' for k, v in self._lines())
-
-    def _lines(self):
-        options = ''.join(f', {k} {v}' for k, v in self.data_options.items())
-        repeat = 'one teacher and one stream of batches for all' if self.together else 'each with its own teacher and batches'
-        given = f'weights from {self.teacher_weights}' if self.teacher_weights else str(self.of_teacher)
-        yield 'recipe', f'{self.name}: {self.title}'
-        yield 'data', called(self.data) + options
-        yield 'task', re.sub(r'<function (\w+) at \w+>', r'\1', str(self.task))
-        for axis, values in self.vary.items():
-            yield f'for each {axis} of', ', '.join(map(str, values))
-        yield 'teacher', f'{called(self.teacher)}; {given}'
-        yield 'student', f'{called(self.student)}; {self.schedule}'
-        yield 'precision', self.precision or 'bf16 on a GPU, 32 on a CPU'
-        yield 'seeds', f"{', '.join(map(str, self.seeds))}; {repeat}"
-        for r in self.rows:
-            yield f'row {r.name}', r.in_words(self.task.loss_name)
-        if self.cut:
-            yield 'cut down', self.cut
+    def __str__(self): return '\n'.join(f'{k:22} {v}' for k, v in _lines(self))
 
 # %% ../../nbs/lab/30_recipe.ipynb #c773c711
 def _of_module(module):

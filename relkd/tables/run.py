@@ -44,6 +44,7 @@ def _finish(experiment, task, protocol, model, epochs, teacher, **cost):
         write_record(e.session.out, record)
     e.session.records.append(record)
 
+# %% ../../nbs/lab/32_run.ipynb #c6b46c48
 def _train(experiment, learners, protocols, asked, schedule, stream, label, teacher=None):
     "Train a group from its checkpoint, if there is one, then test and keep each of its cells."
     e, s, members = experiment, experiment.session, [digest(p) for p in asked]
@@ -78,6 +79,7 @@ def _teacher(experiment, group):
         _train(e, [learner], [protocol], [protocol], r.of_teacher, stream, f'{group.label}teacher')
     return net
 
+# %% ../../nbs/lab/32_run.ipynb #005f1a36
 def _students(experiment, group, teacher):
     "Train what is missing of a group's students."
     e, r = experiment, experiment.recipe
@@ -90,6 +92,7 @@ def _students(experiment, group, teacher):
     label = f'{group.label}{len(learners)} student{"s" * (len(learners) > 1)}'
     _train(e, learners, [p for *_, p in missing], [p for *_, p in cells], r.schedule, stream, label, teacher)
 
+# %% ../../nbs/lab/32_run.ipynb #b79b95e5
 def run(
     recipe:Recipe,
     session:Session=None, # by default records go to figures/, on a GPU if there is one
