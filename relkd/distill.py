@@ -68,6 +68,7 @@ class Row:
     terms:tuple=()   # of Term
     task:float=1.    # weight of the task's own loss; at 0 it is not computed
     before:tuple=()  # of Stage
+    changes:dict=field(default_factory=dict, metadata={'later': True}) # of the task, for this row alone: {'l2': True}
 
     def __post_init__(self):
         if not self.task and not self.terms:
@@ -76,12 +77,23 @@ class Row:
     @property
     def all_terms(self) -> tuple: return (*self.terms, *(t for s in self.before for t in s.terms))
 
+    def learns(self,
+        task:Task, # of the recipe
+    ) -> Task:
+        "The task as this row learns it. Raises ValueError for a change that the task does not leave to a row."
+        for name in self.changes:
+            if name not in task.of_a_row:
+                left = ', '.join(task.of_a_row) or 'nothing'
+                raise ValueError(f"row {self.name!r} changes {name!r} of {type(task).__name__}, which leaves {left} to its rows")
+        return replace(task, **self.changes)
+
     def in_words(self,
         task:str='CE', # what the task's own loss is called
     ) -> str:
         "The row as one line."
-        main = ' + '.join([f'{self.task:g} {task}', *map(str, self.terms)])
-        return ', then '.join([*map(str, self.before), main])
+        main = ' + '.join([*([f'{self.task:g} {task}'] if self.task else []), *map(str, self.terms)])
+        changed = ''.join(f', {k} {v}' for k, v in self.changes.items())
+        return ', then '.join([*map(str, self.before), main + changed])
 
     def __str__(self): return self.in_words()
 

@@ -132,7 +132,7 @@ def test_each_stage_has_its_own_terms():
     terms = [Term(Sum, 10., options={"k": k}) for k in (1, 2, 3, 4)]
     row, s, t = Row("r", (terms[0],), 0, (Stage((terms[1], terms[2]), 2), Stage((terms[3],), 1))), layers(0), layers(1)
     assert [value(row, s, t, stage=k).item() for k in (None, 0, 1)] == [10, -50, -40]
-    assert str(row) == "2 epochs of 10 Sum(k=2) on fc:input + 10 Sum(k=3) on fc:input, then 1 epochs of 10 Sum(k=4) on fc:input, then 0 CE + 10 Sum(k=1) on fc:input"
+    assert str(row) == "2 epochs of 10 Sum(k=2) on fc:input + 10 Sum(k=3) on fc:input, then 1 epochs of 10 Sum(k=4) on fc:input, then 10 Sum(k=1) on fc:input"
 
 
 # --- losses of one's own, and what is refused

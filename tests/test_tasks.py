@@ -18,15 +18,17 @@ from relkd.recipes.omniglot import omniglot_paper
 from relkd.tables.recipe import recipe
 from relkd.tasks.classify import Classify, accuracy, evaluate
 from relkd.tasks.fewshot import FewShot, Trial, embed, episode_hits, episode_logits, interval, prototypical_loss, run_trials
+from relkd.tasks.retrieval import Retrieval
 from relkd.tasks.task import Task
 from relkd.train import Learner, Schedule, fit
 
 SMALL = FewShot(shot=1, way=3, query=2, length=4, ways=(2,), test_query=3, test_episodes=20)
+SEARCH = Retrieval(size=4, images=5, length=2, look=True)
 
 
 # --- the contract
 
-@pytest.mark.parametrize("task, data", [(Classify(labelled=5), few_digits), (SMALL, split_digits)])
+@pytest.mark.parametrize("task, data", [(Classify(labelled=5), few_digits), (SMALL, split_digits), (SEARCH, split_digits)])
 def test_every_task_gives_the_same_five_answers(task, data):
     data, plan = data(), Schedule(1, 25)
     task.check(data)

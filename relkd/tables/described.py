@@ -28,7 +28,7 @@ def described(
     "Plain words for a protocol."
     if is_dataclass(thing) and not isinstance(thing, type):
         kind = {'kind': type(thing).__name__} if isinstance(thing, Task) else {}
-        return kind | {f.name: described(getattr(thing, f.name)) for f in fields(thing)}
+        return kind | {f.name: described(v) for f in fields(thing) if (v := getattr(thing, f.name)) or 'later' not in f.metadata}
     if isinstance(thing, dict):
         return {str(k): described(v) for k, v in thing.items()}
     if isinstance(thing, (list, tuple)):

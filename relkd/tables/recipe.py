@@ -34,7 +34,7 @@ class _Fields:
     vary:dict=field(default_factory=dict)         # field of the task -> its values: {'shot': (1, 5)}
     teacher:object              # name of a network, or a function (outputs, channels) -> nn.Module
     student:object              # likewise
-    teacher_weights:object=None # file of a trained teacher's weights: it is tested, not trained
+    teacher_weights:object=None # file of a trained teacher, or (recipe, row) whose network it is: tested, not trained
     rows:tuple                  # of Row
     schedule:Schedule           # of the students
     teacher_schedule:Schedule=None # of the teacher; by default the students'
@@ -122,11 +122,13 @@ def _shorter(recipe, epochs):
                    teacher_schedule=of_teacher.cut_to(theirs) if recipe.teacher_schedule else None)
 
 # %% ../../nbs/lab/30_recipe.ipynb #a22d4328
+def _named(weights): return ' of '.join(weights[::-1]) if isinstance(weights, tuple) else weights
+
 def _lines(recipe):
     r = recipe
     options = ''.join(f', {k} {v}' for k, v in r.data_options.items())
     repeat = 'one teacher and one stream of batches for all' if r.together else 'each with its own teacher and batches'
-    given = f'weights from {r.teacher_weights}' if r.teacher_weights else str(r.of_teacher)
+    given = f'weights from {_named(r.teacher_weights)}' if r.teacher_weights else str(r.of_teacher)
     yield 'recipe', f'{r.name}: {r.title}'
     yield 'data', called(r.data) + options
     yield 'task', re.sub(r'<function (\w+) at \w+>', r'\1', str(r.task))
@@ -178,7 +180,9 @@ class Recipe(_Places):
                 raise ValueError(nearest('network', network, EXAMPLES))
         if isinstance(self.data, str):
             check_name(self.data, root)
-        if self.teacher_weights and not Path(self.teacher_weights).exists():
+        if isinstance(self.teacher_weights, tuple):
+            recipe(self.teacher_weights[0])
+        elif self.teacher_weights and not Path(self.teacher_weights).exists():
             raise ValueError(f"no file {self.teacher_weights} of the teacher's weights: name the file, or let the teacher be trained")
 
     def __str__(self): return '\n'.join(f'{k:22} {v}' for k, v in _lines(self))

@@ -16,6 +16,7 @@ from ..ground import check_writable, digest, teacher_seed
 from ..models import create, load_into, weights_hash
 from ..records import environment, make_record, write_record
 from .experiment import Experiment, cell, clear_orphans, of_earlier_version, refuse_others
+import relkd.tables.recipe as recipes
 from .recipe import Recipe
 from ..train.learner import Learner
 from ..train.loop import fit
@@ -61,8 +62,18 @@ def _train(experiment, learners, protocols, asked, schedule, stream, label, teac
         drop_checkpoint(saver.path)
 
 # %% ../../nbs/lab/32_run.ipynb #ec02821a
+def _given(experiment, group, net):
+    "A teacher that is not trained here: from a file, or the row of another recipe with the same seed."
+    e, s = experiment, experiment.session
+    given = e.recipe.teacher_weights
+    if isinstance(given, tuple):
+        of = trained(recipes.recipe(given[0]), given[1], group.stream, Session(out=s.out, device=s.device, root=s.root))
+        net.load_state_dict(of.state_dict())
+    else:
+        load_into(net, given)
+
 def _teacher(experiment, group):
-    "The teacher of a group: found, read from the user's file, or trained."
+    "The teacher of a group: found, given, or trained."
     e, r = experiment, experiment.recipe
     task, protocol = group.task.for_teacher(), e.teacher_protocol(group.task, group.stream)
     net = e.network(r.teacher, task, teacher_seed(group.stream))
@@ -71,7 +82,7 @@ def _teacher(experiment, group):
     elif weights := _finished(e, protocol):
         net.load_state_dict(weights)
     elif r.teacher_weights:
-        load_into(net, r.teacher_weights)
+        _given(e, group, net)
         _finish(e, task, protocol, net, [], None, seconds=0., trained_beside=0, images_per_second=0.)
     else:
         learner = Learner(net, Row('Teacher'), r.of_teacher, group.stream, task)
@@ -87,7 +98,8 @@ def _students(experiment, group, teacher):
     missing = [c for c in cells if _finished(e, c[2]) is None]
     if not missing:
         return
-    learners = [Learner(e.network(r.student, group.task, seed), row, r.schedule, seed, group.task) for row, seed, _ in missing]
+    tasks = {row.name: row.learns(group.task) for row in r.rows}
+    learners = [Learner(e.network(r.student, tasks[row.name], seed), row, r.schedule, seed, tasks[row.name]) for row, seed, _ in missing]
     stream = group.task.stream(e.data, r.schedule, group.stream, teacher=False, draw=group.stream)
     label = f'{group.label}{len(learners)} student{"s" * (len(learners) > 1)}'
     _train(e, learners, [p for *_, p in missing], [p for *_, p in cells], r.schedule, stream, label, teacher)
@@ -136,7 +148,8 @@ def trained(
             if saved is None:
                 break
             task = next((t for t in recipe.tasks if recipe.variant(t) == place), recipe.task)
-            of, task = (recipe.teacher, task.for_teacher()) if row == 'Teacher' else (recipe.student, task)
+            learns = next((r.learns for r in recipe.rows if r.name == row), lambda task: task.for_teacher())
+            of, task = (recipe.teacher if row == 'Teacher' else recipe.student), learns(task)
             net = create(of, task.outputs(e.data), e.data.channels)
             net.load_state_dict(saved['model'])
             return net.eval()

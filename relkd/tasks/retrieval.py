@@ -31,22 +31,30 @@ def ranks(
     z, whole = z.float(), z.isfinite().all(1)
     z = torch.where(whole[:, None], z, 0.)
     z = z - z.sum(0) / whole.sum().clamp(min=1)                       # the differences are what counts: keep their digits
-    groups = torch.zeros_like(labels) if groups is None else groups
-    there = torch.arange(len(z), device=z.device)
-    found = [_ranks_of(rows, z, labels, groups, whole, z.square().sum(1)) for rows in there.split(max(1, at_once // len(z)))]
-    return torch.cat(found).cpu()
+    squares, table = z.square().sum(1), by_class(labels)
+    place = torch.searchsorted(table.classes, labels)                 # of each image's class in the table
+    def of(rows):
+        own = table.index[place[rows]]                                # (b, M): the images of one's own class, filled up
+        real = (torch.arange(own.shape[1], device=z.device) < table.counts[place[rows]][:, None]) & (own != rows[:, None])
+        return _ranks_of(rows, own, real, z, squares, whole, groups)
+    return torch.cat([of(rows) for rows in torch.arange(len(z), device=z.device).split(max(1, at_once // len(z)))]).cpu()
+
 
 # %% ../../nbs/tasks/04_retrieval.ipynb #085dcc75
-def _ranks_of(rows, z, labels, groups, whole, squares):
+def _ranks_of(rows, own, real, z, squares, whole, groups):
     "Ranks of some queries. An embedding that is not finite is far from everything, and never right."
     d = torch.addmm(squares[None], z[rows], z.t(), alpha=-2)          # squared distances but for the query's own length
-    own, here = labels[rows][:, None] == labels, groups[rows][:, None] == groups
-    d = d.masked_fill(~(here & whole), torch.inf)
     d.scatter_(1, rows[:, None], torch.inf)                           # not itself
-    closest = d.masked_fill(~own, torch.inf).amin(1, keepdim=True)
-    closest = torch.where(whole[rows][:, None], closest, torch.inf)
-    rank = ((d <= closest) & here & ~own).sum(1)
-    return torch.where((own & here).sum(1) > 1, rank, -1)
+    if not whole.all():
+        d = d.masked_fill(~whole, torch.inf)
+    if groups is not None:
+        d = d.masked_fill(groups[rows][:, None] != groups, torch.inf)
+        real = real & (groups[own] == groups[rows][:, None])
+    mine = d.gather(1, own).masked_fill(~real, torch.inf)
+    closest = torch.where(whole[rows], mine.amin(1), torch.inf)[:, None]
+    rank = (d <= closest).sum(1) - (real & (mine <= closest)).sum(1)
+    return torch.where(real.any(1), rank, -1)
+
 
 # %% ../../nbs/tasks/04_retrieval.ipynb #7f016d79
 def recall(
@@ -117,13 +125,16 @@ class Retrieval(Task):
     length:int=100           # batches of an epoch
     metric:str='triplet'     # the task's own loss: 'triplet' as in the paper, or a name of pytorch-metric-learning
     margin:float=.2          # of 'triplet'
-    metric_options:dict=field(default_factory=dict)
+    metric_options:dict=field(default_factory=dict, hash=False)
     miner:str=''             # of pytorch-metric-learning
-    miner_options:dict=field(default_factory=dict)
+    miner_options:dict=field(default_factory=dict, hash=False)
     ks:tuple=(1, 2, 4, 8)
     augment:tuple=()         # pairs (function, options), of teacher and students
     crop:int=0               # in the test: the centre of each image, so many pixels wide; 0 for all of it
     look:bool=False          # is Recall@1 taken while it learns? On the test images: nothing is chosen by it
+
+    @property
+    def of_a_row(self) -> tuple: return 'size', 'l2'
 
     @property
     def headline(self) -> str: return f'Recall@{self.ks[0]}'

@@ -18,6 +18,11 @@ class Task:
     "What is learned and how it is tested: the contract of all tasks. A task's fields are its protocol and stand in each record."
 
     @property
+    def of_a_row(self) -> tuple: # of names
+        "The fields that a row may change for itself: those that decide its network and how it is read, not what is drawn."
+        return ()
+
+    @property
     def headline(self) -> str: # name of the test that a table puts first
         return 'top-1'
 

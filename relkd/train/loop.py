@@ -52,7 +52,7 @@ class Together:
         if stream.batch_size % fabric.world_size:
             raise ValueError(f"{fabric.world_size} processes cannot share a batch of {stream.batch_size} evenly: "
                              "choose a multiple")
-        self.learners, self.stream, self.fabric, self.task = learners, stream, fabric, learners[0].task
+        self.learners, self.stream, self.fabric, self.task = learners, stream, fabric, learners[0].task.for_teacher()
         layers = [n for l in needy for n in l.objective.teacher_layers]
         self._read = Features(teacher.eval().requires_grad_(False), layers) if needy else None
         example = next(stream.epoch(0))[1][:2]                   # for the shapes
