@@ -93,6 +93,7 @@ def test_the_number_of_episodes_that_is_needed_is_enough():
     assert n == 502 and episodes_needed(-1., 8.) == n and episodes_needed(0., 8.) == math.inf
     excluded = sum((lambda m: m[0] - m[1] > 0)(interval(rng.normal(1., 8., n))) for _ in range(400))
     assert .74 < excluded / 400 < .86, "80 % of all experiments"
+    assert episodes_needed(1., 8., power=0.) == 246 == math.ceil((1.96 * 8)**2), "with 0, half of them"
 
 
 def test_two_runs_of_a_recipe_agree_or_not():

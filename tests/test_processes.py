@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import ddp_worker
-from helpers import Tiny, few_digits, figures, same
+from helpers import Tiny, few_digits, few_shot_toy, figures, same, toy
 from relkd.data import Batches
 from relkd.distill import PAPER_ROWS
 from relkd.records import load_records
+from relkd.tables.experiment import Experiment
 from relkd.train import Learner, Schedule, Session, WholeBatchNorm2d, fit, share, synchronised
 from relkd.train.processes import asked_by_any, average_gradients, gathered
 
@@ -97,8 +98,8 @@ def test_a_batch_norm_that_cannot_be_synchronised_is_said(several):
 
 class Few:
     """A Fabric of so many processes, as far as it is asked before training."""
-    def __init__(self, n):
-        self.world_size, self.global_rank, self.device = n, 0, torch.device("cpu")
+    def __init__(self, n, device="cpu"):
+        self.world_size, self.global_rank, self.device = n, 0, torch.device(device)
 
 
 def test_a_batch_that_cannot_be_shared_is_said():
@@ -108,6 +109,19 @@ def test_a_batch_that_cannot_be_shared_is_said():
     l = Learner(Tiny(10), PAPER_ROWS[0], Schedule(1, 25))
     with pytest.raises(ValueError, match="^3 processes cannot share a batch of 25 evenly: choose a multiple$"):
         fit([l], Batches(few_digits(), 25, 0), 1, session=session)
+
+
+@pytest.mark.parametrize("of", [toy, few_shot_toy])
+def test_every_recipe_trains_with_batch_norms_over_all_processes(of, tmp_path):
+    """The fault: those of classification did, those of few-shot learning did not."""
+    e = Experiment(of(), Session(tmp_path, "cpu"))
+    for n, kind in ((1, torch.nn.BatchNorm2d), (2, WholeBatchNorm2d)):
+        e.fabric = Few(n)
+        nets = [e.network(network, e.recipe.task, 0) for network in (e.recipe.teacher, e.recipe.student)]
+        assert {type(m) for net in nets for m in net.modules() if isinstance(m, torch.nn.BatchNorm2d)} == {kind}
+    gpus = Few(2, "cuda")
+    norms = [type(m) for m in synchronised(Tiny(None), gpus).modules() if "Norm" in type(m).__name__]
+    assert norms and set(norms) == {torch.nn.SyncBatchNorm}
 
 
 def test_one_process_changes_nothing():

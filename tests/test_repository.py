@@ -1,4 +1,6 @@
 """Package, notebooks and README are in step; the layers import downwards only."""
+import ast
+import json
 import re
 import shutil
 import subprocess
@@ -107,8 +109,6 @@ def modules():
 
 def imported(path, parts):
     "Pairs (module within relkd as a tuple, names) that a file imports anywhere, in functions too."
-    import ast
-
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             base = list(parts[: len(parts) - node.level]) if node.level else []
@@ -150,6 +150,47 @@ def test_private_names_stay_in_their_room():
     wrong = [f"{'/'.join(parts)} takes {n} from {'.'.join(target)}" for path, parts in modules()
              for target, names in imported(path, parts) for n in names if n.startswith("_") and not n.startswith("__")]
     assert not wrong, wrong
+
+
+ENGINE = ("tables", "train", "tasks", "records", "checkpoints", "ground")
+
+
+def sources():
+    "Every piece of code that could call the package: itself, the tests, the notebooks' cells."
+    for path in (*ROOT.glob("relkd/**/*.py"), *ROOT.glob("tests/*.py")):
+        yield path.read_text(encoding="utf-8")
+    for path in ROOT.glob("nbs/**/*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code":
+                yield "\n".join(line for line in cell["source"] if not line.lstrip().startswith(("%", "!")))
+
+
+def passed():
+    "What calls hand over: pairs (function, keyword), and the most arguments by position."
+    keywords, most = set(), {}
+    for source in sources():
+        for call in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)):
+            name = getattr(call.func, "attr", getattr(call.func, "id", None))
+            keywords |= {(name, k.arg) for k in call.keywords}
+            many = any(isinstance(a, ast.Starred) for a in call.args)
+            most[name] = max(most.get(name, 0), 99 if many else len(call.args))
+    return keywords, most
+
+
+def test_what_can_be_passed_to_the_engine_is_passed_by_somebody():
+    """The fault: a runner's method had a parameter that no call ever gave."""
+    (keywords, most), idle = passed(), []
+    for path, parts in modules():
+        if parts[0] not in ENGINE:
+            continue
+        for home in (n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, (ast.Module, ast.ClassDef))):
+            for f in (n for n in home.body if isinstance(n, ast.FunctionDef)):
+                given = [a.arg for a in f.args.args if a.arg != "self"]
+                called = home.name if f.name == "__init__" else f.name
+                for arg in given[len(given) - len(f.args.defaults):] if f.args.defaults else []:
+                    if (called, arg) not in keywords and most.get(called, 0) <= given.index(arg):
+                        idle.append(f"{'/'.join(parts)}: {called}({arg}=)")
+    assert not idle, idle
 
 
 def test_exported_lines_are_short():

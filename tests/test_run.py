@@ -500,6 +500,18 @@ def test_a_folder_of_images_by_its_path(own, tmp_path):
     assert {x["protocol"]["data"]["fingerprint"] for x in run(r, session(tmp_path))} == {load(str(own / "pets")).fingerprint}
 
 
+def test_arrays_with_a_split_of_ones_own_are_a_few_shot_set(tmp_path):
+    """The fault: such a split could be made and had no road into a run; plain arrays were always split by samples."""
+    d, folder = split_digits(), tmp_path / "own"
+    folder.mkdir()
+    np.save(folder / "images.npy", d.images.permute(0, 2, 3, 1).numpy())
+    np.save(folder / "labels.npy", d.labels.numpy().astype(np.uint8))
+    (folder / "splits.json").write_text(json.dumps(d.splits))
+    plan = replace(few_shot_toy().schedule, epochs=1, milestones=())
+    there, here = (run(few_shot_toy(data=data, vary={}, schedule=plan), session(tmp_path / str(k))) for k, data in enumerate((split_digits, str(folder))))
+    assert len(here) == 3 and figures(here) == figures(there)
+
+
 def test_a_loss_that_changes_is_another_experiment(own, tmp_path):
     r = from_file(own / "my_recipe.py")
     run(r, session(tmp_path))

@@ -107,15 +107,13 @@ def _line(records, recipe, row, base, test):
 def table(
     records:list,
     recipe:Recipe,   # its rows in their order, its base row, its quoted numbers
-    base:str=None,   # the row that differences are taken to; by default the recipe's
 ): # a pandas table, one line a (test, row)
     "Mean and deviation over seeds, paired difference with its intervals, the paper's number."
     import pandas as pd
-    base = base or recipe.base
     tests = list(dict.fromkeys(t for r in records for t in r['tests']))
     tests.sort(key=lambda t: _place(recipe, t))
     rows = dict.fromkeys([*recipe.row_names, *sorted(r['row'] for r in records)])
-    lines = [_line(records, recipe, row, base, t) for t in tests for row in rows if _cells(records, row, t)]
+    lines = [_line(records, recipe, row, recipe.base, t) for t in tests for row in rows if _cells(records, row, t)]
     return pd.DataFrame(lines).set_index(['test', 'row'])
 
 def _place(recipe, test):
