@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NO_LABEL', 'claims_labels', 'claims_unlabelled', 'SC', 'AE', 'claims_kernels', 'MAPS', 'NST_MAPS', 'claims_nst',
-           'SquaredCosine', 'AngleEncoding', 'LabelsAndOthers', 'FewLabels']
+           'directions', 'SquaredCosine', 'AngleEncoding', 'LabelsAndOthers', 'FewLabels']
 
 # %% ../../nbs/tables/07_claims.ipynb #c1a10002
 from dataclasses import dataclass, replace
@@ -23,6 +23,13 @@ from ..tasks.classify import Classify
 from ..train.schedule import Schedule
 
 # %% ../../nbs/tables/07_claims.ipynb #c1a10003
+def directions(
+    e:torch.Tensor, # (N, D)
+) -> torch.Tensor: # (N, D), each row of length 1; 0 throughout where the length is at most 1e-5
+    "Embeddings without their length."
+    length = torch.linalg.vector_norm(e, dim=1, keepdim=True)
+    return e / length.masked_fill(length <= 1e-5, float('inf'))
+
 class SquaredCosine(DistillationLoss):
     "Mean squared difference of two fidelity kernels, amplitude encoding: the squared cosines of all pairs of samples."
     def forward(self,
@@ -30,7 +37,7 @@ class SquaredCosine(DistillationLoss):
         teacher:torch.Tensor, # (N, D_T), receives none; N the same
         index=None,           # not needed
     ) -> torch.Tensor: # 0-dim, from 0 to 1, float32 at least. Raises ValueError on bad shapes or N < 2
-        s, t = as_pair(student, teacher, 2, 'SquaredCosine')
+        s, t = as_pair(student, teacher, 2, type(self).__name__)
         with full_precision(s):
             return F.mse_loss(self.kernel(s), self.kernel(t).to(s.dtype))
 
@@ -38,7 +45,7 @@ class SquaredCosine(DistillationLoss):
         e:torch.Tensor, # (N, D)
     ) -> torch.Tensor: # (N, N), from 0 to 1
         "The fidelity |<i|j>|^2 of states whose amplitudes are the normalised embeddings."
-        unit = F.normalize(e, dim=1)
+        unit = directions(e)
         return (unit @ unit.t()).square()
 
 # %% ../../nbs/tables/07_claims.ipynb #c1a10004
@@ -55,7 +62,7 @@ class AngleEncoding(SquaredCosine):
         e:torch.Tensor, # (N, D)
     ) -> torch.Tensor: # (N, N), from 0 to 1
         "The product over the features of cos^2 of half the difference of their angles."
-        angle = self.scale * F.normalize(e, dim=1)
+        angle = self.scale * directions(e)
         turned = angle[:, None] - angle[None]                       # (N, N, D)
         return ((1 + turned.cos()) / 2).clamp(min=1e-12).log().sum(2).exp()
 
