@@ -151,6 +151,7 @@ claims_unlabelled = replace(
     name='claims/unlabelled',
     title='does RKD help more the fewer labels there are? digits, beside images without labels',
     task=replace(claims_labels.task, unlabelled=True),
+    vary={'labelled': (2, 50)},
 )
 
 # %% ../../nbs/tables/07_claims.ipynb #c1a10009
