@@ -83,7 +83,8 @@ def _one_test(ax, rows, frame, last, base, colours):
         v, over = frame.loc[row], frame.loc[row, 'difference_over_episodes']
         mean, half = v['difference'], np.nan_to_num((v['high'] - v['low']) / 2)
         ax.errorbar(mean, k, xerr=half, color='0.55', lw=1, capsize=4, zorder=1)
-        ax.barh(k, 2 * over, .34, mean - over, color=colours[row], alpha=.5, lw=0, zorder=2)
+        if not np.isnan(over):
+            ax.barh(k, 2 * over, .34, mean - over, color=colours[row], alpha=.5, lw=0, zorder=2)
         ax.plot(mean, k, 'D', ms=5, color=colours[row], mec='black', zorder=3)
         paired = [a - last[base][s] for s, a in last[row].items() if s in last[base]]
         ax.scatter(paired, [k - .28] * len(paired), s=16, color=colours[row], alpha=.7, lw=0)
@@ -95,8 +96,9 @@ def _one_test(ax, rows, frame, last, base, colours):
 def _tests(records, frame, base, title):
     "One panel a test: the paired difference to the base row."
     from matplotlib.figure import Figure
-    tests = list(dict.fromkeys(frame.index.get_level_values(0)))
-    rows = [r for r in dict.fromkeys(frame.index.get_level_values(1)) if r != base]
+    everything = list(dict.fromkeys(frame.index.get_level_values(0)))
+    tests = [t for t in everything if base in frame.loc[t].index] or everything
+    rows = [r for r in dict.fromkeys(frame.loc[tests].index.get_level_values(1)) if r != base]
     fig, colours = Figure(figsize=(max(2.9 * len(tests), 6), .5 * len(rows) + 2.2)), _colours(rows)
     axes = np.atleast_1d(fig.subplots(1, len(tests), sharey=True))
     for ax, t in zip(axes, tests):
@@ -107,8 +109,10 @@ def _tests(records, frame, base, title):
     axes[0].set_yticks(range(len(rows)), rows)
     axes[0].set_ylim(max(len(rows), 1) - .5, -.5)
     cross = '; cross: the paper, quoted' if frame['paper'].notna().any() else ''
-    fig.supxlabel(f'difference to {base} on the same episodes (points)\n'
-                  f'dots: seeds; thick bar: 95 % over episodes; thin bar: 95 % over seeds{cross}', fontsize=9)
+    on, thick = 'of the same seed', ''
+    if frame['over_episodes'].notna().any():
+        on, thick = 'on the same episodes', 'thick bar: 95 % over episodes; '
+    fig.supxlabel(f'difference to {base} {on} (points)\ndots: seeds; {thick}thin bar: 95 % over seeds{cross}', fontsize=9)
     return _titled(fig, title, int(13 * fig.get_figwidth()))
 
 def table_figure(
@@ -118,8 +122,8 @@ def table_figure(
     title:str='',
 ): # a matplotlib figure
     "The picture of a table, for tests with and without episodes."
-    episodes = frame['over_episodes'].notna().any()
-    return (_tests if episodes else _runs)(records, frame, base, title)
+    several = frame['over_episodes'].notna().any() or frame.index.get_level_values(0).nunique() > 1
+    return (_tests if several else _runs)(records, frame, base, title)
 
 # %% ../nbs/lab/35_plots.ipynb #1fd8c85f
 def curves_figure(

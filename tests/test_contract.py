@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from relkd import losses
 from relkd.losses import DistillationLoss, FitNet, as_loss
 from relkd.losses.contract import as_map_pairs, as_pair
-from helpers import CASES, DEFAULTS, DTYPES, as_given, assert_says, case, make, value_and_gradients
+from helpers import CASES, DEFAULTS, DTYPES, as_given, assert_says, case, made, make, randn, value_and_gradients
 
 every_case = pytest.mark.parametrize("name", CASES)
 every_loss = pytest.mark.parametrize("name", DEFAULTS)
@@ -118,6 +118,69 @@ def test_a_student_learns_from_it_alone(name):
         opt.step()
         values.append(value.item())
     assert values[-1] < (.95 if name.startswith(("AT", "FT", "VID")) else .9) * values[0]
+
+
+# ---- where the student is the teacher
+
+def handing_on(layer):
+    """A linear layer that passes its input on as it is."""
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(layer.weight.shape[0]).view_as(layer.weight))
+        if layer.bias is not None:
+            layer.bias.zero_()
+
+
+def at_agreement(loss, t, more=None):
+    """Value and gradients with the teacher's numbers in the student's place."""
+    return value_and_gradients(called(loss, t, more or {}), *t)
+
+
+ALIKE = [name for name in CASES if not list(make(name).parameters()) and name not in ("AB plain", "NST bare")]
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_zero_and_without_a_gradient_where_the_student_is_the_teacher(name):
+    """A sign that is wrong, or a side that is scaled twice, does not pass."""
+    loss, _, t, more = case(name, dtype=torch.float64)
+    value, gradients = at_agreement(loss, t, more)
+    assert abs(value) < 1e-12 and all(g.abs().max() < 1e-7 for g in gradients)
+
+
+def test_the_same_behind_trainable_parts_that_hand_the_student_on():
+    t = [randn(8, 4, 4, 4, dtype=torch.float64)]
+    fitnet, vid, ft = (made(cls, 4, 4, dtype=torch.float64) for cls in (losses.FitNet, losses.VID, losses.FT))
+    handing_on(fitnet.regressors[0])
+    ft.translators[0].load_state_dict(ft.paraphrasers[0].encoder.state_dict())
+    for conv in vid.regressors[0][::2]:
+        handing_on(conv)
+    for loss in (fitnet, ft):
+        value, (gradient,) = at_agreement(loss, t)
+        assert value == 0 and not gradient.any()
+    t = [t[0].relu()]                                        # VID's regressor has a ReLU inside
+    value, (gradient,) = at_agreement(vid, t)
+    assert not gradient.any()
+    torch.testing.assert_close(value, torch.tensor(5., dtype=torch.float64).log() / 2)      # of its first variance: a density, not a distance
+    torch.nn.init.constant_(vid.alphas[0], -50.)
+    torch.testing.assert_close(at_agreement(vid, t)[0], torch.tensor(1e-5, dtype=torch.float64).log() / 2)
+
+
+def test_three_that_are_not_zero_there_by_design():
+    """NST without its constant, AB within its margin, CRD, which tells apart."""
+    _, _, t, _ = case("NST bare", dtype=torch.float64)
+    value, (gradient,) = at_agreement(make("NST bare"), t)
+    assert value < -.01 and gradient.abs().max() < 1e-12
+    plain = losses.AB(4, 4, connector=False)
+    t = [randn(8, 4, 4, 4, dtype=torch.float64)]
+    assert at_agreement(plain, t)[0] > 0
+    value, (gradient,) = at_agreement(plain, [t[0].sign() * (1 + t[0].abs())])              # beyond the margin everywhere
+    assert value == 0 and not gradient.any()
+    crd, t = made(losses.CRD, 6, 6, dtype=torch.float64, samples=8, feat_dim=6, negatives=7), [F.normalize(randn(8, 6, dtype=torch.float64))]
+    for e, memory in ((crd.embed_s, crd.memory_s), (crd.embed_t, crd.memory_t)):
+        handing_on(e)
+        memory.copy_(t[0])
+    others = torch.stack([torch.arange(8)[torch.arange(8) != k] for k in range(8)])
+    value, (gradient,) = at_agreement(crd, t, {"index": torch.arange(8), "negatives": others})
+    assert value > .1 and gradient.abs().max() > 1e-6
 
 
 # ---- precision and extremes

@@ -118,7 +118,7 @@ def table(
 
 def _place(recipe, test):
     "Tests in the order of the recipe's axes."
-    named = [t.name for task in recipe.tasks for t in getattr(task, 'trials', [])]
+    named = [n for task in recipe.tasks for n in (task.headline, *(t.name for t in getattr(task, 'trials', [])))]
     return named.index(test) if test in named else len(named)
 
 # %% ../../nbs/lab/33_paired.ipynb #e7a7fa25
