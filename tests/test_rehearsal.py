@@ -1,4 +1,6 @@
 """A GPU's dress rehearsal without one: 'meta' stands for the card. A value asked for, a mask as an index, a mixed device, a copy in a step: each raises."""
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,8 @@ from relkd.features import Features
 from relkd.losses import angle
 from relkd.models import create
 from relkd.tables.recipe import recipe
+from relkd.tasks.fewshot import FewShot
+from relkd.tasks.retrieval import Retrieval
 from relkd.train import Learner
 
 
@@ -65,19 +69,23 @@ RECIPES = [n for n in known_recipes() if not n.endswith(("bf16", "nearest", "fas
 def test_every_rows_step_stays_on_the_card(card, name):
     r = recipe(name)
     task, (c, size) = r.tasks[0], SIZES.get(r.data, (3, 32))
-    few_shot = task.outputs(type("Data", (), {"classes": range(10)})) is None
-    outputs, images, answers = (None, 12, 6) if few_shot else (10, 16, 16)
+    data = type("Data", (), {"classes": range(10)})
+    few_shot, search = isinstance(task, FewShot), isinstance(task, Retrieval)
+    images, answers = (12, 6) if few_shot else (16, 16)
     if few_shot:
-        task = type(task)(shot=1, way=6, query=1)
-    x, y, index = torch.zeros(images, c, size, size, device="meta"), torch.arange(answers) % 10, torch.arange(images)
-    learners = [Learner(create(r.student, outputs, c).to("meta", memory_format=torch.channels_last), row, r.schedule, 0, task)
-                for row in r.rows]
+        task = FewShot(shot=1, way=6, query=1)
+    if search:
+        task = replace(task, images=2)
+    tasks, of_teacher = [row.learns(task) for row in r.rows], task.for_teacher()
+    x, y, index = torch.zeros(images, c, size, size, device="meta"), torch.arange(answers) // (2 if search else 1) % 10, torch.arange(images)
+    learners = [Learner(create(r.student, t.outputs(data), c).to("meta", memory_format=torch.channels_last), row, r.schedule, 0, t)
+                for t, row in zip(tasks, r.rows)]
     layers = [n for l in learners for n in l.objective.teacher_layers]
-    read = Features(create(r.teacher, outputs, c).to("meta").eval().requires_grad_(False), layers)
+    read = Features(create(r.teacher, of_teacher.outputs(data), c).to("meta").eval().requires_grad_(False), layers)
     with torch.no_grad(), Half():
         seen = read(x)
     for l in learners:
-        l.build(x, Look(seen), torch.arange(images) % 10)
+        l.build(x, Look(seen, of_teacher), torch.arange(images) % 10)
     y, index = y.to("meta"), index.to("meta")
     made = torch.tensor
 
@@ -87,7 +95,7 @@ def test_every_rows_step_stays_on_the_card(card, name):
 
     card.setattr(torch, "tensor", on_the_host)
     with Card():
-        look = Look(seen, task)
+        look = Look(seen, of_teacher)
         for l in learners:
             for stage in [*range(len(l.row.before)), None]:
                 for number in range(2):

@@ -116,6 +116,16 @@ def test_opposite_and_dead_points_have_chances():
     assert w.isfinite().all() and torch.allclose(w.sum(1), torch.ones(4))
 
 
+def test_pairs_of_a_batch_in_class_order_need_no_look_at_the_labels():
+    labels = torch.tensor([7, 2, 5]).repeat_interleave(4)
+    z = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for images in (None, 4):
+        torch.manual_seed(3)
+        found.append(triplets(z, labels, images))
+    assert all(a.equal(b) for a, b in zip(*found))
+
+
 def test_every_ordered_pair_once_and_the_mean_over_all():
     labels = torch.tensor([0, 0, 0, 1, 1, 2])
     z = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)

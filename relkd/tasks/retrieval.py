@@ -123,6 +123,7 @@ class Retrieval(Task):
     teacher_l2:bool=True
     images:int=5             # K of each class in a batch; the schedule's batch size says how many classes
     length:int=100           # batches of an epoch
+    teacher_length:int=field(default=0, metadata={'later': True}) # of the teacher's; 0 for the students'
     metric:str='triplet'     # the task's own loss: 'triplet' as in the paper, or a name of pytorch-metric-learning
     margin:float=.2          # of 'triplet'
     metric_options:dict=field(default_factory=dict, hash=False)
@@ -144,7 +145,7 @@ class Retrieval(Task):
 
     def for_teacher(self) -> 'Retrieval':
         "Its own width, on the sphere or not as the teacher's fields say."
-        return replace(self, size=self.teacher_size, l2=self.teacher_l2)
+        return replace(self, size=self.teacher_size, l2=self.teacher_l2, length=self.teacher_length or self.length)
 
     def outputs(self, data) -> int:
         "The numbers of an embedding."
@@ -160,7 +161,7 @@ class Retrieval(Task):
     def own_loss(self): # a function (embeddings, labels) -> 0-dim tensor
         "The task's loss, made from its name."
         if self.metric == 'triplet':
-            return lambda z, labels: triplet_loss(z, labels, self.margin)
+            return lambda z, labels: triplet_loss(z, labels, self.margin, self.images)
         return metric_loss(self.metric, self.metric_options, self.miner, self.miner_options)
 
     def stream(self, data, schedule, seed:int, teacher:bool=False, draw:int=0): # of relkd.data.episodes.ClassBalanced

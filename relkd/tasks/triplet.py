@@ -38,26 +38,38 @@ def on_sphere(
     return z / torch.where(length > 0, length, torch.ones_like(length))
 
 # %% ../../nbs/tasks/03_triplet.ipynb #ca3d64dc
-def triplets(
-    z:torch.Tensor,      # (B, D) embeddings
-    labels:torch.Tensor, # (B,) class numbers
-) -> tuple: # three int64 vectors: anchors, positives, negatives; torch's global random numbers decide
-    "Every ordered pair of a class with one distance-weighted negative. Raises ValueError without a pair or a negative."
+def _pairs(labels, images):
+    "All ordered pairs of a class; where each class stands together with so many images, without asking the device."
+    if images:
+        k, place = torch.arange(images, device=labels.device), torch.arange(len(labels), device=labels.device)
+        others = k[None, :-1] + (k[None, :-1] >= k[:, None])               # (K, K - 1): all places of a class but one's own
+        first = place - place % images
+        return place.repeat_interleave(images - 1, output_size=len(labels) * (images - 1)), (first[:, None] + others[place % images]).flatten()
     same = labels[:, None] == labels
     if bool(same.all()) or len(labels.unique()) == len(labels):
         raise ValueError("triplets need two classes and a class with two samples; "
                          f"got {len(labels.unique())} classes among {len(labels)} samples")
-    anchor, positive = (same & ~torch.eye(len(z), dtype=torch.bool, device=z.device)).nonzero(as_tuple=True)
-    negative = torch.multinomial(distance_weights(z, labels)[anchor], 1)[:, 0]
-    return anchor, positive, negative
+    return (same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)).nonzero(as_tuple=True)
 
+def triplets(
+    z:torch.Tensor,      # (B, D) embeddings
+    labels:torch.Tensor, # (B,) class numbers
+    images:int=None,     # of each class, if the batch holds them class by class: then nothing waits for a GPU
+) -> tuple: # three int64 vectors: anchors, positives, negatives; torch's global random numbers decide
+    "Every ordered pair of a class with one distance-weighted negative. Raises ValueError without a pair or a negative."
+    anchor, positive = _pairs(labels, images)
+    return anchor, positive, torch.multinomial(distance_weights(z, labels)[anchor], 1)[:, 0]
+
+
+# %% ../../nbs/tasks/03_triplet.ipynb #f6ed3484
 def triplet_loss(
     z:torch.Tensor,      # (B, D) embeddings, on the sphere or not
     labels:torch.Tensor, # (B,) class numbers
     margin:float=.2,     # by which a negative shall be farther than the positive
+    images:int=None,     # as `triplets` takes it
 ) -> torch.Tensor: # 0-dim, mean over all triplets
     "The triplet loss with distance-weighted negatives (Park et al. 2019, Sec. 4.1)."
     with full_precision(z):
         z = z.float() if z.dtype.itemsize < 4 else z
-        a, p, n = triplets(z, labels)
+        a, p, n = triplets(z, labels, images)
         return F.triplet_margin_loss(z[a], z[p], z[n], margin=margin)
