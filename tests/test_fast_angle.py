@@ -230,3 +230,80 @@ def test_benchmarks_write_records_that_tables_read(tmp_path):
     record = angle_benchmark(tmp_path, [16, 48], D=8, seconds=.01, compiled=False, naive_to=16)
     assert load_benchmarks(tmp_path) == [record]
     assert list(benchmark_table(record).index) == [16, 48] and benchmark_table(record, "MiB").loc[16, "ours"] > 0 and benchmark_ratios(record).loc[("RKD-A", "16"), "naive"] > 0
+
+
+# ---- some vertices stand for all
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_the_mean_over_all_draws_is_the_loss(distinct):
+    """Every vertex alone, and every pair of them: no draw is left out, so the means are the expectations."""
+    from itertools import combinations
+
+    s, t = draw(8, 3, 0), draw(8, 5, 1)
+    s[1] = s[0]
+    for size in (1, 2, 8):
+        found = [both(angle_loss, s, t, distinct, (0, 1), False, torch.tensor(which)) for which in combinations(range(8), size)]
+        assert_close([sum(f[i] for f in found) / len(found) for i in (0, 1)], both(naive, s, t, distinct), 1e-11)
+
+
+@pytest.mark.parametrize("name", ["random", "near 1e-3", "near 1e-6", "duplicates"])
+def test_drawn_vertices_in_both_precisions_are_the_naive_cosines_at_these_vertices(name):
+    s, t = (x.float() for x in hard(name))
+    which = torch.randperm(96, generator=torch.Generator().manual_seed(5))[:37]
+
+    def at_these(s, t):
+        return F.smooth_l1_loss(angles(s)[which], angles(t)[which])
+
+    assert_close(both(angle_loss, s, t, False, (0, 1), False, which), both(at_these, s.double(), t.double()), 1e-5)
+
+
+def test_vertices_are_drawn_by_torchs_seed_and_all_is_the_default_bit_for_bit():
+    s, t = draw(20, 4, 0, torch.float32), draw(20, 6, 1, torch.float32)
+
+    def seeded(loss, teacher=t):
+        torch.manual_seed(3)
+        return both(loss, s, teacher)
+
+    whole, some = both(RKD(), s, t), RKD(vertices=6)
+    assert all(torch.equal(a, b) for a, b in zip(seeded(some), seeded(some)))
+    assert not torch.equal(both(some, s, t)[1], both(some, s, t)[1])
+    assert_close(seeded(some, sides(t)), seeded(some), 2e-6)                       # one measurement serves whatever is drawn
+    for vertices in (None, 20, 99):
+        state = torch.get_rng_state()
+        assert all(torch.equal(a, b) for a, b in zip(both(RKD(vertices=vertices), s, t), whole))
+        assert torch.equal(torch.get_rng_state(), state)
+    assert "vertices=6" in repr(some) and "vertices" not in repr(RKD())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_processes_with_one_seed_share_one_draw(ranks):
+    s, t, shares = draw(20, 4, 0), draw(20, 6, 1), []
+    for rank in range(ranks):
+        loss = RKD(vertices=7)
+        loss.split(rank, ranks)
+        torch.manual_seed(3)
+        shares.append(both(loss, s, t))
+    torch.manual_seed(3)
+    assert_close([sum(x[i] for x in shares) / ranks for i in (0, 1)], both(RKD(vertices=7), s, t), 1e-11)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_drawn_vertices_under_the_compiler(backend, flags):
+    if backend == "inductor" and "slow" not in flags:
+        pytest.skip("compiling takes seconds: --flags slow")
+    s, t = draw(20, 4, 0, torch.float32), draw(20, 6, 1, torch.float32)
+    torch.compiler.reset()
+
+    def seeded(loss):
+        torch.manual_seed(3)
+        return both(loss, s, t)
+
+    assert_close(seeded(torch.compile(RKD(vertices=6), fullgraph=True, backend=backend)), seeded(RKD(vertices=6)), 1e-6)
+
+
+def test_wrong_numbers_of_vertices_are_refused():
+    for wrong in (0, -1, 2.5, "many"):
+        with pytest.raises(ValueError, match="vertices is how many are drawn a call, a whole number from 1, or None for all; got"):
+            RKDAngle(vertices=wrong)
+    with pytest.raises(ValueError, match="4 processes share the vertices that RKDAngle draws; got vertices=3: draw at least 4"):
+        RKD(vertices=3).split(0, 4)

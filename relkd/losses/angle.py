@@ -8,7 +8,7 @@ __all__ = ['LIMIT', 'Sides', 'sides', 'amplification', 'loss_and_gradient', 'ang
 # %% ../../nbs/losses/21_fast_angle.ipynb #2d370e6a
 import threading
 import warnings
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 import torch.nn.functional as F
@@ -179,20 +179,24 @@ def loss_and_gradient(
     start:int,            # the first vertex
     step:int,             # from one vertex to the next
     compiled:bool,        # tiles by torch.compile?
+    which:Optional[torch.Tensor]=None, # (K,) int64, vertices that stand for all N; then `start` and `step` count in it
 ) -> tuple[torch.Tensor, torch.Tensor]: # 0-dim, and (N, D_S)
     "Mean Huber loss of the cosines, and its gradient with respect to the student."
     n = student.shape[0]
-    anchors = range(start, n, step)
+    drawn = n if which is None else len(which)
+    J = slice(start, n, step) if which is None else which[start::step]
+    anchors = range(start, n, step) if which is None else J
     with full_precision(student):
         (e, *_), both, (scale, *_) = _measure(student) if known else _measure(student, teacher)
         if known: both = torch.cat([both, teacher[None]])
-        near = both[:, start::step]
+        near = both[:, J]
         if student.dtype == torch.float32: rough = _rough(near)
         else: rough = torch.ones(len(anchors), dtype=torch.bool, device=e.device)
         # i = k: the cosine is 1 or, without a direction, 0
         diagonal = .5 * ((near[0] > 0) != (near[1] > 0)).sum() if distinct else 0.
         if rough is None: both = both.float()    # from here on float32 will do
-        else: which = torch.arange(start, n, step, device=e.device)
+        elif which is None: which = torch.arange(start, n, step, device=e.device)
+        else: which = J
         del near
         if rough is not None and (found := _on_gpu(*both, which, rough)): loss, M, v, w = found
         elif rough is None or not rough.any(): loss, M, v, w = _cube(both, anchors, torch.float32, compiled)
@@ -204,11 +208,13 @@ def loss_and_gradient(
                 loss, M = loss + l, M + m.double()
                 v[part], w[part] = (x.double() for x in vw)
         S = M.neg_().to(v.dtype)
-        S[start::step].add_(v, alpha=2).sub_(w.mul_(_reciprocal(both[0, start::step].to(w.dtype))))
-        del M, v, w, both
+        rows = S[J].add_(v, alpha=2).sub_(w.mul_(_reciprocal(both[0, J].to(w.dtype))))
+        if not isinstance(J, slice): S[J] = rows    # of a slice they are a view
+        del M, v, w, both, rows
         S += S.t().clone()
         gradient = torch.empty_like(student)
         count = (n * (n - 1) * (n - 2) if distinct else n**3) / step    # each of `step` processes has its share
+        if drawn < n: count *= drawn / n    # each drawn vertex stands for N / K
         factor = -2 / (count * scale)
         for i in range(0, n, 512):
             rows = S[i:i + 512].double()
@@ -220,13 +226,14 @@ def loss_and_gradient(
 _angle_loss = torch.library.custom_op('relkd::angle_loss', loss_and_gradient, mutates_args=())
 
 @_angle_loss.register_fake
-def _(student, teacher, known, distinct, start, step, compiled): return student.new_empty(()), torch.empty_like(student)
+def _(student, teacher, known, distinct, start, step, compiled, which=None):
+    return student.new_empty(()), torch.empty_like(student)
 
 def _keep(ctx, inputs, output): ctx.save_for_backward(output[1])
 def _backward(ctx, of_loss, of_gradient):
     if torch.is_grad_enabled():
         raise RuntimeError("RKDAngle's gradient is made by hand and cannot be differentiated again")
-    return ctx.saved_tensors[0] * of_loss, None, None, None, None, None, None
+    return ctx.saved_tensors[0] * of_loss, None, None, None, None, None, None, None
 _angle_loss.register_autograd(_backward, setup_context=_keep)
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #80028e5b
@@ -236,11 +243,13 @@ def angle_loss(
     distinct:bool=False,   # mean over triplets of distinct samples instead of all N^3
     anchors:tuple=(0, 1),  # (rank, R): only every R-th vertex from `rank`, times R; the mean over the ranks is the loss
     compiled:bool=False,   # fuse each block with torch.compile: needs a compiler, and some seconds at the first call
+    which=None,            # (K,) int64, vertices that stand for all N, each once; None: all
 ) -> torch.Tensor: # 0-dim
     "RKD-A with its gradient, in memory of order N^2 (Park et al. 2019, Sec. 3.2); RKDAngle is what checks shapes."
     known = isinstance(teacher, Sides)
     teacher = teacher.q if known else teacher.detach()
-    if torch.compiler.is_compiling(): return _angle_loss(student, teacher, known, distinct, *anchors, compiled)[0]
-    with torch.no_grad(): loss, gradient = loss_and_gradient(student, teacher, known, distinct, *anchors, compiled)
+    given = student, teacher, known, distinct, *anchors, compiled, which
+    if torch.compiler.is_compiling(): return _angle_loss(*given)[0]
+    with torch.no_grad(): loss, gradient = loss_and_gradient(*given)
     instead = 'use smooth_l1_loss of relkd.relations.angles for that'
     return known_gradient(student, loss, gradient, 'RKDAngle', instead)    # without the operator's overhead

@@ -57,9 +57,12 @@ class RKDAngle(_OfSides):
     def __init__(self,
         distinct:bool=False, # mean over triplets of distinct samples (paper) instead of all N^3 (authors' code)
         compiled:bool=False, # fuse the inner loop by torch.compile: needs a compiler, and seconds at the first call
+        vertices:int=None,   # draw so many of the N vertices a call, which stand for all; None: take all N
     ):
         super().__init__()
-        self.distinct, self.compiled = distinct, compiled
+        if vertices is not None and (not isinstance(vertices, int) or vertices < 1):
+            raise ValueError(f"vertices is how many are drawn a call, a whole number from 1, or None for all; got {vertices!r}")
+        self.distinct, self.compiled, self.vertices = distinct, compiled, vertices
         self.anchors = 0, 1   # (rank, R), see `split`
 
     def forward(self,
@@ -68,16 +71,25 @@ class RKDAngle(_OfSides):
         index=None,           # not needed
     ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 3
         student, teacher = _pair(student, teacher, 3, 'RKDAngle')
-        return angle_loss(student, teacher, self.distinct, self.anchors, self.compiled)
+        return angle_loss(student, teacher, self.distinct, self.anchors, self.compiled, self._drawn(student))
+
+    def _drawn(self, student): # by torch's own random numbers: the seed of a step decides
+        n = student.shape[0]
+        if self.vertices is None or self.vertices >= n: return None
+        return torch.randperm(n)[:self.vertices].to(student.device)
 
     def split(self,
         rank:int,      # of this process
         processes:int, # R of them, which see the same batch
     ):
         "Take every R-th vertex, R times: the loss is the mean of what the processes get."
+        if self.vertices is not None and self.vertices < processes:
+            raise ValueError(f"{processes} processes share the vertices that RKDAngle draws; "
+                             f"got vertices={self.vertices}: draw at least {processes}")
         self.anchors = rank, processes
 
-    def extra_repr(self): return f'distinct={self.distinct}'
+    def extra_repr(self):
+        return f'distinct={self.distinct}' + ('' if self.vertices is None else f', vertices={self.vertices}')
 
 # %% ../../nbs/losses/00_rkd.ipynb #f1602abe
 class RKD(_OfSides):
@@ -87,10 +99,11 @@ class RKD(_OfSides):
         w_angle:float=50.,     # weight of RKDAngle; 50 in classification, 2 in metric learning
         distinct:bool=False,   # means over distinct tuples, as the paper defines them
         compiled:bool=False,   # of RKDAngle
+        vertices:int=None,     # of RKDAngle
     ):
         super().__init__()
         self.w_distance, self.w_angle = w_distance, w_angle
-        self.distance, self.angle = RKDDistance(distinct), RKDAngle(distinct, compiled)
+        self.distance, self.angle = RKDDistance(distinct), RKDAngle(distinct, compiled, vertices)
 
     def forward(self,
         student:torch.Tensor, # (N, D_S), receives the gradient
