@@ -179,9 +179,9 @@ class Retrieval(Task):
         "The loss named by `metric`."
         return self.own_loss()(read, labels)
 
-    def embeddings(self, model:nn.Module, data, split:str='test') -> tuple: # (n, size) and labels (n,)
-        "All images of a split, in evaluation mode, as they are compared."
-        images, labels = data.split(split)
+    def embeddings(self, model:nn.Module, data) -> tuple: # (n, size) and labels (n,)
+        "All test images, in evaluation mode, as they are compared."
+        images, labels = data.split('test')
         parts = [self.read(embed(model, data, centre(part, self.crop))) for part in images.split(1024)]
         return torch.cat(parts), labels
 
@@ -193,7 +193,8 @@ class Retrieval(Task):
         "Recall@K over all test images, each a query once; `lone` counts those without another of their class."
         found = ranks(*self.embeddings(model, data))
         lone = int((found < 0).sum())
-        return {f'Recall@{k}': {'accuracy': round(r, 4), 'queries': len(found) - lone, 'lone': lone} for k, r in recall(found, self.ks).items()}
+        counts = {'queries': len(found) - lone, 'lone': lone}
+        return {f'Recall@{k}': {'accuracy': round(r, 4), **counts} for k, r in recall(found, self.ks).items()}
 
 # %% ../../nbs/tasks/04_retrieval.ipynb #7a467535
 def centre(

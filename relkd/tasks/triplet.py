@@ -43,8 +43,8 @@ def _pairs(labels, images):
     if images:
         k, place = torch.arange(images, device=labels.device), torch.arange(len(labels), device=labels.device)
         others = k[None, :-1] + (k[None, :-1] >= k[:, None])               # (K, K - 1): all places of a class but one's own
-        first = place - place % images
-        return place.repeat_interleave(images - 1, output_size=len(labels) * (images - 1)), (first[:, None] + others[place % images]).flatten()
+        positive = (place - place % images)[:, None] + others[place % images]
+        return place.repeat_interleave(images - 1, output_size=positive.numel()), positive.flatten()
     same = labels[:, None] == labels
     if bool(same.all()) or len(labels.unique()) == len(labels):
         raise ValueError("triplets need two classes and a class with two samples; "
@@ -59,7 +59,6 @@ def triplets(
     "Every ordered pair of a class with one distance-weighted negative. Raises ValueError without a pair or a negative."
     anchor, positive = _pairs(labels, images)
     return anchor, positive, torch.multinomial(distance_weights(z, labels)[anchor], 1)[:, 0]
-
 
 # %% ../../nbs/tasks/03_triplet.ipynb #f6ed3484
 def triplet_loss(
