@@ -125,6 +125,7 @@ class Retrieval(Task):
     length:int=100           # batches of an epoch
     teacher_length:int=field(default=0, metadata={'later': True}) # of the teacher's; 0 for the students'
     metric:str='triplet'     # the task's own loss: 'triplet' as in the paper, or a name of pytorch-metric-learning
+    teacher_metric:str=field(default='', metadata={'later': True}) # of the teacher; '' for the students'
     margin:float=.2          # of 'triplet'
     metric_options:dict=field(default_factory=dict, hash=False)
     miner:str=''             # of pytorch-metric-learning
@@ -145,7 +146,8 @@ class Retrieval(Task):
 
     def for_teacher(self) -> 'Retrieval':
         "Its own width, on the sphere or not as the teacher's fields say."
-        return replace(self, size=self.teacher_size, l2=self.teacher_l2, length=self.teacher_length or self.length)
+        return replace(self, size=self.teacher_size, l2=self.teacher_l2, length=self.teacher_length or self.length,
+                       metric=self.teacher_metric or self.metric)
 
     def outputs(self, data) -> int:
         "The numbers of an embedding."
