@@ -110,7 +110,7 @@ class Episodes(Stream):
         labels = episode_labels(self.way, self.query, self.labels.device)
         drawn = draw_episodes(self.table, self.way, self.shot, self.query, self.length, self.generator(number))
         for index in drawn.flatten(1):
-            yield index, self.data.normalise(self.images[index]), labels
+            yield index, self.data.normalise(self.data.take(self.images, index)), labels
 
 # %% ../../nbs/data/03_episodes.ipynb #2d17f708
 @dataclass
@@ -143,4 +143,4 @@ class ClassBalanced(Stream):
         g = self.generator(number)
         for _ in range(self.length):                    # one at a time: a class may have thousands of images
             index = _draw(self.table, self.classes, self.images, 1, g).flatten()
-            yield index, self.data.normalise(self.pixels[index]), self.labels[index]
+            yield index, self.data.normalise(self.data.take(self.pixels, index)), self.labels[index]
