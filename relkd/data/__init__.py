@@ -7,18 +7,21 @@ __all__ = ['PLAIN', 'read_plain', 'colour_jitter', 'flip', 'pad_crop', 'rotate',
            'load', 'CIFAR10', 'CIFAR100', 'CIFAR_FS', 'CLASSES', 'FC100', 'HELD_OUT', 'SUPERCLASSES', 'digits',
            'ByClass', 'ClassBalanced', 'Episodes', 'by_class', 'check_episodes', 'draw_episodes', 'episode_labels',
            'MINIIMAGENET', 'OMNIGLOT', 'area_resize', 'nearest_resize', 'Dataset', 'joined', 'Source', 'data_root',
-           'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET', 'class_groups', 'halves']
+           'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET', 'class_groups', 'halves', 'centre_crop',
+           'random_crop', 'decoded', 'map_images', 'CARS196', 'CUB200', 'SOP']
 
 # %% ../../nbs/data/index.ipynb #5db9e0e4
 from .arrays import PLAIN, read_plain
-from .augment import colour_jitter, flip, pad_crop, rotate
+from .augment import centre_crop, colour_jitter, flip, pad_crop, random_crop, rotate
 from .catalogue import SOURCES, check_name, fetch, inventory, load
 from .cifar import CIFAR10, CIFAR100, CIFAR_FS, CLASSES, FC100, HELD_OUT, SUPERCLASSES
 from .digits import digits
 from .episodes import ByClass, ClassBalanced, Episodes
 from .episodes import by_class, check_episodes, draw_episodes, episode_labels
+from .mapped import decoded, map_images
 from .miniimagenet import MINIIMAGENET
 from .omniglot import OMNIGLOT, area_resize, nearest_resize
+from .photos import CARS196, CUB200, SOP
 from .retrieval import class_groups
 from .sets import Dataset, joined
 from .source import Source, data_root, download
@@ -30,4 +33,5 @@ _all_ = ['PLAIN', 'read_plain', 'colour_jitter', 'flip', 'pad_crop', 'rotate', '
          'inventory', 'load', 'CIFAR10', 'CIFAR100', 'CIFAR_FS', 'CLASSES', 'FC100', 'HELD_OUT', 'SUPERCLASSES',
          'digits', 'ByClass', 'ClassBalanced', 'Episodes', 'by_class', 'check_episodes', 'draw_episodes',
          'episode_labels', 'MINIIMAGENET', 'OMNIGLOT', 'area_resize', 'nearest_resize', 'Dataset', 'joined', 'Source',
-         'data_root', 'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET', 'class_groups', 'halves']
+         'data_root', 'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET', 'class_groups', 'halves',
+         'centre_crop', 'random_crop', 'decoded', 'map_images', 'CARS196', 'CUB200', 'SOP']

@@ -17,13 +17,15 @@ from .digits import DIGITS
 from .folder import own_names, own_source
 from .miniimagenet import MINIIMAGENET
 from .omniglot import OMNIGLOT
+from .photos import CARS196, CUB200, SOP
 from .sets import Dataset
 from .source import data_root
 from .tinyimagenet import TINYIMAGENET
 from ..ground import nearest, write_atomically
 
 # %% ../../nbs/data/13_catalogue.ipynb #11d3fcf2
-SOURCES = {s.name: s for s in (DIGITS, CIFAR10, CIFAR100, TINYIMAGENET, OMNIGLOT, CIFAR_FS, FC100, MINIIMAGENET)}
+SOURCES = {s.name: s for s in (DIGITS, CIFAR10, CIFAR100, TINYIMAGENET, OMNIGLOT, CIFAR_FS, FC100, MINIIMAGENET,
+                               CUB200, CARS196, SOP)}
 
 def _source(name, root): # (Source, its root)
     if name in SOURCES: return SOURCES[name], root
@@ -33,7 +35,7 @@ def _source(name, root): # (Source, its root)
 def load(
     name:str,  # one of SOURCES, a folder of one's own below the root, or the path of one
     root=None, # where to look; as data_root takes it
-    **options  # of a source that leaves a choice: resize='nearest' for 'omniglot', size=32 for images in folders, split='retrieval'
+    **options  # of a source that leaves a choice: split='retrieval', resize='nearest' (omniglot), size=32 (folders)
 ) -> Dataset:
     "The data set of that name. Raises ValueError for an unknown one, naming the nearest, or a missing or damaged one."
     source, root = _source(name, data_root(root))

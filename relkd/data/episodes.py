@@ -110,7 +110,7 @@ class Episodes(Stream):
         labels = episode_labels(self.way, self.query, self.labels.device)
         drawn = draw_episodes(self.table, self.way, self.shot, self.query, self.length, self.generator(number))
         for index in drawn.flatten(1):
-            yield index, self.data.normalise(self.images[index]), labels
+            yield index, self.data.normalise(self.data.take(self.images, index)), labels
 
 # %% ../../nbs/data/03_episodes.ipynb #2d17f708
 @dataclass
@@ -144,7 +144,7 @@ class ClassBalanced(Stream):
         g = self.generator(number)
         for _ in range(self.length):                    # one at a time: a class may have thousands of images
             index = _draw(self.table, self.classes, self.images, 1, g).flatten()
-            x = self.pixels[index]
+            x = self.data.take(self.pixels, index)
             for f, options in self.augment:
                 x = f(x, generator=g, **options)
             yield index, self.data.normalise(x), self.labels[index]

@@ -41,12 +41,14 @@ def channel_statistics(
 # %% ../../nbs/data/00_sets.ipynb #9de022bb
 @dataclass(frozen=True, eq=False, repr=False)
 class Dataset:
-    "A data set, whole in memory, and its split. Raises ValueError for a split that cannot be."
+    "A data set, in memory or mapped from a file, and its split. Raises ValueError for a split that cannot be."
     name:str             # 'digits', ...
     images:torch.Tensor  # (N, C, H, W) uint8
     labels:torch.Tensor  # (N,) int64, numbers of classes
     splits:dict          # 'train', 'test', ... -> range of samples, or all of them -> tuple of class numbers
     classes:tuple        # names of the classes
+    stats:tuple=None     # means and deviations to normalise by, in units of 0..1; by default of the training images
+    on_host:bool=False   # too many for a GPU: images stay in the host's memory, batches move to the labels' device
 
     def __post_init__(self): check_set(self)
 
@@ -64,11 +66,14 @@ class Dataset:
         part = self.splits[name]
         if isinstance(part, range):
             return slice(part.start, part.stop)
-        return torch.isin(self.labels, torch.tensor(part, device=self.labels.device))
+        chosen = torch.isin(self.labels, torch.tensor(part, device=self.labels.device))
+        places = chosen.nonzero()[:, 0]
+        together = len(places) and int(places[-1] - places[0]) == len(places) - 1
+        return slice(int(places[0]), int(places[-1]) + 1) if together else chosen
 
     def split(self,
         name:str, # 'train', 'test', ...
-    ) -> tuple: # images (n, C, H, W) uint8 and labels (n,): views, if samples are split
+    ) -> tuple: # images (n, C, H, W) uint8 and labels (n,): views, if the samples of the split lie together
         "The samples of one split. Raises ValueError for an unknown one."
         chosen = self._chosen(name)
         return self.images[chosen], self.labels[chosen]
@@ -94,13 +99,22 @@ class Dataset:
 
     @cached_property
     def mean_std(self) -> tuple: # two tensors (C, 1, 1), in units of 0..1
-        "Channel means and standard deviations of the training images."
+        "Channel means and standard deviations of the training images, or those that were given."
+        if self.stats: return tuple(torch.tensor(s, device=self.labels.device)[:, None, None] for s in self.stats)
         return channel_statistics(self.train_images)
+
+    def take(self,
+        images:torch.Tensor, # of one of the splits
+        index:torch.Tensor,  # (B,) places among them, on the labels' device
+    ) -> torch.Tensor: # (B, C, H, W) uint8, on the labels' device
+        "The images of a batch, moved there if they stay on the host."
+        return images[index.to(images.device)].to(index.device) if self.on_host else images[index]
 
     def normalise(self,
         images:torch.Tensor, # (B, C, H, W) uint8 or float in 0..255
     ) -> torch.Tensor: # float32, mean 0 and deviation 1 per channel over the training images
-        "Bytes to the numbers that a network reads."
+        "Bytes to the numbers that a network reads; images that stay on the host are moved first."
+        images = images.to(self.labels.device) if self.on_host else images
         mean, std = (m.to(images.device) for m in self.mean_std)
         return (images.float() / 255 - mean) / std
 
@@ -118,8 +132,9 @@ class Dataset:
         return h.hexdigest()
 
     def to(self, device) -> 'Dataset':
-        "The same data on `device`; the fingerprint, if known, stays known."
-        moved = replace(self, images=self.images.to(device), labels=self.labels.to(device))
+        "The same data on `device`, or the labels alone with `on_host`; the fingerprint, if known, stays known."
+        images = self.images if self.on_host else self.images.to(device)
+        moved = replace(self, images=images, labels=self.labels.to(device))
         if 'fingerprint' in self.__dict__:
             moved.__dict__['fingerprint'] = self.fingerprint
         moved.__dict__['mean_std'] = tuple(m.to(device) for m in self.mean_std)   # no copy in a training step

@@ -54,10 +54,15 @@ class Source:
         if found := self.place(root): return found
         begun = [p[1] for p in self.places if any((root / f).exists() for f in p[1])]
         lacks = [f for files in begun for f in files if not (root / f).exists()]
-        missing = f" ({', '.join(lacks[:4])} missing)" if lacks else ''
+        missing = f" ({', '.join(lacks[:4])} missing)" if lacks else self._found(root)
         places = ' and '.join(p[0] for p in self.places)
         raise ValueError(f"data set {self.name!r} is not in {root}: looked for {places}{missing}; "
                          f"{self.how} (RELKD_DATA names another folder)")
+
+    def _found(self, root): # what lies in a folder of the right name, if nothing that is looked for does
+        folders = dict.fromkeys(root / f.split('/')[0] for p in self.places for f in p[1] if '/' in f)
+        held = {d.name: sorted(p.name for p in d.iterdir())[:6] for d in folders if d.is_dir()}
+        return ''.join(f" ({name} holds {', '.join(names) or 'nothing'})" for name, names in held.items())
 
     def __call__(self,
         root=None, # as data_root takes it

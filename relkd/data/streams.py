@@ -73,7 +73,7 @@ class Batches(Stream):
         g = self.generator(number)
         order = torch.randperm(len(self.index), generator=g, device=self.index.device)
         for place in order[:len(self) * self.batch_size].split(self.batch_size):
-            x = self.images[self.index[place]]
+            x = self.data.take(self.images, self.index[place])
             for f, options in self.augment:
                 x = f(x, generator=g, **options)
             yield place, self.data.normalise(x), self.labels[place]
