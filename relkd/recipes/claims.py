@@ -180,8 +180,7 @@ NST_MAPS = Term('NST', 50., MAPS, MAPS)
 claims_nst = replace(
     digits,
     name='claims/nst',
-    title='does NST complement KD? digits, resnet14 -> resnet8',
-    student='resnet8',
+    title='does NST complement KD? digits',
     rows=(
         Row('Student'),
         Row('KD', (HKD,)),
