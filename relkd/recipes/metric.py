@@ -69,7 +69,7 @@ PHOTOGRAPHS = Retrieval(
 metric_cub = Recipe(
     name='metric/cub',
     title='Table 1 of the RKD paper: CUB-200-2011, ResNet-50 teaching ResNet-18',
-    data='cub',
+    data='cub200',
     task=PHOTOGRAPHS,
     teacher=ImageNet('resnet50'),
     student=ImageNet('resnet18'),
@@ -85,7 +85,7 @@ metric_cars = replace(
     metric_cub,
     name='metric/cars',
     title='Table 1 of the RKD paper: Cars196, ResNet-50 teaching ResNet-18',
-    data='cars',
+    data='cars196',
     quoted={('Teacher', 'Recall@1'): 77.17},
 )
 
