@@ -2,15 +2,17 @@
 from dataclasses import replace
 
 import pytest
+import test_retrieval_data as copies
 import torch
 import torch.nn.functional as F
 
-from relkd.data import Dataset, flip
+from relkd.data import Dataset, flip, random_crop
 from relkd.distill import Look, Row, Term
 from relkd.models import create
-from relkd.tables.recipe import Recipe
+from relkd.models.imagenet import ImageNet
+from relkd.tables.recipe import Recipe, recipe
 from relkd.tables.run import run, trained
-from relkd.tasks.retrieval import Retrieval, centre, map_at_r, metric_loss, ranks, recall
+from relkd.tasks.retrieval import Retrieval, map_at_r, metric_loss, ranks, recall
 from relkd.tasks.triplet import distance_weights, on_sphere, triplet_loss, triplets
 from relkd.train import Learner, Schedule, Session, fit
 
@@ -212,9 +214,8 @@ def test_bad_batches_rows_and_crops(tmp_path):
         run(replace(RECIPE, schedule=replace(SCHEDULE, batch_size=10), teacher_schedule=SCHEDULE), Session(out=tmp_path, device='cpu'))
     with pytest.raises(ValueError, match="changes 'images' of Retrieval, which leaves size, l2 to its rows"):
         run(replace(RECIPE, rows=(Row('x', changes={'images': 2}),)), Session(out=tmp_path, device='cpu'))
-    with pytest.raises(ValueError, match='a centre of 9 x 9'):
-        centre(torch.zeros(1, 3, 8, 8), 9)
-    assert torch.equal(centre(torch.arange(16).view(1, 1, 4, 4), 2)[0, 0], torch.tensor([[5, 6], [9, 10]]))
+    with pytest.raises(ValueError, match='a centre of 9 x 9 was asked for; images of noise are 8 x 8'):
+        replace(TASK, crop=9).check(noise())
     samples = noise()
     samples = replace(samples, splits={'train': range(48), 'test': range(48, 72)})
     with pytest.raises(ValueError, match='needs classes split into train and test'):
@@ -235,3 +236,31 @@ def test_narrow_strided_convolutions_keep_the_usual_layout():
     from relkd.tables.experiment import memory_format
     for name, wanted in (('resnet8x0.25', torch.contiguous_format), ('resnet8x0.5', torch.channels_last), ('conv4', torch.channels_last)):
         assert memory_format(create(name, None, 3)) is wanted
+
+
+def small_cars(root):
+    for split, classes in (('train', (1, 2, 98)), ('test', (99, 196))):
+        for c in classes:
+            for i in range(3):
+                copies.picture(root / 'cars196' / split / f'Make {c:03}' / f'{i}.jpg', i)
+
+
+@pytest.mark.filterwarnings('ignore:.* for training and retrieval')
+@pytest.mark.parametrize('name, place', [('metric/cub', copies.cub), ('metric/cars', small_cars), ('metric/sop', copies.sop)])
+def test_the_papers_recipes_run_on_small_copies(tmp_path, name, place):
+    place(tmp_path / 'data')
+    whole, untrained = recipe(name), ImageNet('resnet18', pretrained=False)
+    assert whole.teacher == ImageNet('resnet50') and {r.changes['size'] for r in whole.rows} <= {16, 32, 64, 128}
+    task = replace(whole.task, images=2, length=1, teacher_length=1, crop=64, augment=((random_crop, {'size': 64}), (flip, {})))
+    one = replace(whole.schedule, epochs=1, batch_size=4)
+    rows = tuple(r for r in whole.rows if r.name in ('Triplet 64', 'RKD-DA 64'))
+    small = replace(whole, task=task, teacher=untrained, student=untrained, rows=rows, schedule=one, teacher_schedule=one, seeds=(0,), eval_every=1)
+    records = run(small, Session(out=tmp_path / 'out', root=tmp_path / 'data', device='cpu'))
+    assert [r['row'] for r in records] == ['Teacher', 'Triplet 64', 'RKD-DA 64']
+    assert list(records[0]['tests']) == [f'Recall@{k}' for k in whole.task.ks] and all(r['epochs'][0]['loss'] is not None for r in records)
+
+
+def test_generations_take_their_teacher_from_the_one_before():
+    first, second = recipe('metric/cub-gen1'), recipe('metric/cub-gen2')
+    assert (first.teacher_weights, second.teacher_weights) == (('metric/cub', 'Teacher'), ('metric/cub-gen1', 'RKD-DA'))
+    assert first.student == first.teacher and first.task.size == 512 and first.task.teacher_l2 and not second.task.teacher_l2
