@@ -95,6 +95,7 @@ def read_checkpoint(
     except Exception as error:
         raise BadCheckpoint(f"{path.name} cannot be loaded ({type(error).__name__})") from None
 
+# %% ../nbs/lab/20_checkpoints.ipynb #c89ee5e4
 def load_checkpoint(
     path,         # of the manifest
     digest:str,   # of the protocol that it must belong to

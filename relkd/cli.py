@@ -32,6 +32,7 @@ EPOCHS = typer.Option(None, help='The schedule cut to so many epochs, in proport
 SET = typer.Option(None, '--set', help="Change a value: 'schedule.lr=.05'. May be given several times.")
 NAME = typer.Argument(help='Name of a recipe (`relkd recipes` lists them), or a Python file that defines one.')
 
+# %% ../nbs/lab/40_cli.ipynb #54c7ef6c
 def _wanted(name, rows=None, seeds=None, epochs=None, shots=None, settings=None, device='auto', precision=None):
     "The recipe, reduced; whatever can be said without torch is said before it is imported."
     changes, seeds = [setting(s) for s in settings or []], numbers(seeds) if seeds is not None else None
@@ -55,6 +56,7 @@ def _known(name):
     if name not in known:
         raise ValueError(nearest('recipe', name, known))
 
+# %% ../nbs/lab/40_cli.ipynb #ceca39e8
 def _session(out, device, precision=None, part_size=None, data=None, replace=False):
     from relkd.train.session import Session
     return Session(out, device, precision, progress=True, part_size=part_size, root=data, replace=replace)
@@ -120,6 +122,7 @@ def run(
     wanted = _wanted(name, rows, seeds, epochs, shots, settings, device, precision)
     _run(wanted, _session(out, device, precision, part, data, replace), limit)
 
+# %% ../nbs/lab/40_cli.ipynb #920a4183
 @app.command()
 def table(
     name:str=NAME, epochs:Optional[int]=EPOCHS, settings:Optional[List[str]]=SET, out:str=OUT,
@@ -129,6 +132,7 @@ def table(
     from relkd.tables.paired import as_text, draw
     print(as_text(draw(wanted, out)) + (f'\n\ncut down: {wanted.cut}' if wanted.cut else ''))
 
+# %% ../nbs/lab/40_cli.ipynb #648d5c73
 @app.command()
 def publish(
     name:str=NAME, weights:str=typer.Option('weights', help='Folder that the weights and their manifests are written into.'),
@@ -143,6 +147,7 @@ def publish(
         print(f"{m['name']:22} {a['accuracy']:.2f} % in float32, {a['accuracy_float16']:.2f} % in float16, "
               f"{m['bytes']:,} bytes in {n} part{'s' * (n > 1)} ({a['row']}, seed {a['seed']})")
 
+# %% ../nbs/lab/40_cli.ipynb #c40edbd7
 @app.command()
 def recipes(name:Optional[str]=typer.Argument(None, help='Show this one whole.')):
     "List the recipes, or show one."

@@ -144,6 +144,15 @@ class Look:
             self._parts[key] = loss.teacher_part(given)
         return self._parts[key]
 
+# %% ../nbs/lab/03_distill.ipynb #7d7072ac
+def _terms_of(row, stage): # places among all terms of the row
+    "The terms of a stage: the main one's stand first, then those of the stages before, in their order."
+    start = len(row.terms)
+    if stage is None:
+        return range(start)
+    start += sum(len(s.terms) for s in row.before[:stage])
+    return range(start, start + len(row.before[stage].terms))
+
 # %% ../nbs/lab/03_distill.ipynb #8d3c657d
 class Objective(nn.Module):
     "The objective of one student: `row.task` times the task's loss plus the row's terms; in a stage before, its terms alone."
@@ -171,14 +180,6 @@ class Objective(nn.Module):
                 self.losses[key] = term.build(s, t, labels)
         return self
 
-    def _of(self, stage): # pairs (key, term) of that stage
-        pairs = list(zip(self._keys, self.row.all_terms))
-        start = len(self.row.terms)
-        if stage is None:
-            return pairs[:start]
-        start += sum(len(s.terms) for s in self.row.before[:stage])
-        return pairs[start:start + len(self.row.before[stage].terms)]
-
     def forward(self,
         student:dict,              # layer -> tensor, of the student
         teacher:Look,              # of the same batch
@@ -189,7 +190,7 @@ class Objective(nn.Module):
         student, total = with_read(student, self.task), 0.
         if stage is None and self.row.task:
             total = self.row.task * self.task.loss(student['logits'], labels)
-        for key, term in self._of(stage):
+        for key, term in [(self._keys[k], self.row.all_terms[k]) for k in _terms_of(self.row, stage)]:
             loss, s, t = self.losses[key], _pick(student, term.student), teacher.part(self.losses[key], term.teacher)
             total = total + term.weight * (loss if stage is None else loss.prepare)(s, t, index=index)
         return total

@@ -56,6 +56,39 @@ def _hook(module, layer, keep):
         return module.register_forward_pre_hook(of_input, with_kwargs=True)
     return module.register_forward_hook(lambda m, args, output: keep(layer, output))
 
+# %% ../nbs/lab/02_features.ipynb #0a119f93
+def _found(model, layers):
+    "Each layer's module by its name in the network; 'logits' has none."
+    modules, names = dict(model.named_modules()), {}
+    plain = {_plain(n): n for n in reversed(modules)} # the outermost of several
+    plain.pop('', None)
+    modules.pop('')
+    for layer in layers:
+        name = layer.removesuffix(':input')
+        name = name if name in modules else plain.get(_plain(name))
+        if layer == 'logits':
+            continue
+        if name is None:
+            wanted = layer.removesuffix(':input')
+            raise ValueError(nearest(f'layer of {type(model).__name__}', wanted, ['logits', *reversed(plain)]))
+        if isinstance(modules[name], torch.jit.ScriptModule):
+            raise ValueError(f"layer {layer!r} is TorchScript, which does not show its inside: "
+                             "read 'logits', or load its state_dict() into a network of Python")
+        names[layer] = name
+    return names
+
+# %% ../nbs/lab/02_features.ipynb #77fcc4ee
+def _once(layer, seen):
+    "Raise ValueError for a layer that ran not once, or whose output was overwritten."
+    if len(seen) != 1:
+        never = '' if seen else ', and read a compiled network from its first run on'
+        raise ValueError(f"layer {layer!r} ran {len(seen)} times in one forward pass; "
+                         f"name a layer that runs once{never}")
+    t, version = seen[0]
+    if version is not None and not torch.compiler.is_compiling() and t._version != version:
+        raise ValueError(f"the output of layer {layer!r} was overwritten in place by a later layer: "
+                         "set inplace=False there, or read the later layer")
+
 # %% ../nbs/lab/02_features.ipynb #48fc310c
 class Features(nn.Module):
     "A network and the layers to read of it: calling it returns `{name: tensor}`. The network itself is not changed."
@@ -65,23 +98,7 @@ class Features(nn.Module):
     ):
         super().__init__()
         self.model, self.layers = model, tuple(dict.fromkeys(layers))
-        modules = dict(model.named_modules())
-        plain = {_plain(n): n for n in reversed(modules)} # the outermost of several
-        plain.pop('', None)
-        modules.pop('')
-        self._names = {}
-        for layer in self.layers:
-            name = layer.removesuffix(':input')
-            name = name if name in modules else plain.get(_plain(name))
-            if layer == 'logits':
-                continue
-            if name is None:
-                wanted = layer.removesuffix(':input')
-                raise ValueError(nearest(f'layer of {type(model).__name__}', wanted, ['logits', *reversed(plain)]))
-            if isinstance(modules[name], torch.jit.ScriptModule):
-                raise ValueError(f"layer {layer!r} is TorchScript, which does not show its inside: "
-                                 "read 'logits', or load its state_dict() into a network of Python")
-            self._names[layer] = name
+        self._names = _found(model, self.layers)
 
     def forward(self,
         *args, **kwargs # of the network
@@ -108,14 +125,7 @@ class Features(nn.Module):
             output = _tensor('logits', output)
             keep('logits', output, output.requires_grad or not output.is_floating_point())
         for layer, seen in found.items():
-            if len(seen) != 1:
-                never = '' if seen else ', and read a compiled network from its first run on'
-                raise ValueError(f"layer {layer!r} ran {len(seen)} times in one forward pass; "
-                                 f"name a layer that runs once{never}")
-            t, version = seen[0]
-            if version is not None and not torch.compiler.is_compiling() and t._version != version:
-                raise ValueError(f"the output of layer {layer!r} was overwritten in place by a later layer: "
-                                 "set inplace=False there, or read the later layer")
+            _once(layer, seen)
         return {layer: seen[0][0] for layer, seen in found.items()}
 
     def extra_repr(self): return f'layers={list(self.layers)}'

@@ -26,11 +26,12 @@ def reduce_proxies(
     z = similarity.unflatten(1, (-1, nb_proxy))
     return (z.softmax(2) * z).sum(2)
 
-# %% ../nbs/lab/06_heads.ipynb #3139b64b
+# %% ../nbs/lab/06_heads.ipynb #ae81150c
 def _unit(e):
     length = e.norm(dim=1, keepdim=True)
     return e / length.masked_fill(length <= 1e-8, float('inf'))    # a zero vector has no direction, and no gradient
 
+# %% ../nbs/lab/06_heads.ipynb #3139b64b
 class CosineLinear(nn.Module):
     """Linear layer on the unit sphere: cosines of the embedding with the classes' proxies, times a learned scale.
     Hou et al. 2019, Sec. 3.2."""

@@ -74,7 +74,7 @@ def _runs(records, frame, base, title):
         _plain(ax, '0.9')
     return _titled(fig, title, 110, 11)
 
-# %% ../nbs/lab/35_plots.ipynb #d047ad37
+# %% ../nbs/lab/35_plots.ipynb #883cc51c
 def _one_test(ax, rows, frame, last, base, colours):
     "Differences of one test: seeds as dots, the mean with both its intervals, the paper's difference as a cross."
     for k, row in enumerate(rows):
@@ -93,6 +93,7 @@ def _one_test(ax, rows, frame, last, base, colours):
             ax.scatter(paper, k + .28, marker='x', color='black', s=30, lw=1.2)
     ax.axvline(0, color='0.5', lw=1, ls=':')
 
+# %% ../nbs/lab/35_plots.ipynb #d047ad37
 def _tests(records, frame, base, title):
     "One panel a test: the paired difference to the base row."
     from matplotlib.figure import Figure
@@ -151,7 +152,7 @@ def curves_figure(
     fig.set_layout_engine('tight')
     return fig
 
-# %% ../nbs/lab/35_plots.ipynb #3596c2c1
+# %% ../nbs/lab/35_plots.ipynb #22fd965d
 def plane(
     z:torch.Tensor,         # (n, D)
     like:torch.Tensor=None, # (n, 2) of the same points: turn, and mirror if need be, to lie as near to these as possible
@@ -165,6 +166,7 @@ def plane(
     U, _, Vh = torch.linalg.svd(xy.T @ like)
     return xy @ U @ Vh
 
+# %% ../nbs/lab/35_plots.ipynb #3596c2c1
 def _one_episode(ax, z, shot, xy):
     import seaborn as sns
     way, n, _ = z.shape

@@ -208,3 +208,12 @@ def test_version_is_one():
     cfg = configparser.ConfigParser(delimiters=["="])
     cfg.read(ROOT / "settings.ini", encoding="utf-8")
     assert relkd.__version__ == cfg["DEFAULT"]["version"]
+
+
+@pytest.mark.parametrize("notebook", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts))
+def test_exported_cells_show_one_idea(notebook):
+    import nbformat
+
+    cells = [c for c in nbformat.read(ROOT / notebook, as_version=4).cells if c.cell_type == "code" and re.search(r"^#\|\s*export", c.source, flags=re.M)]
+    long = {c.id: n for c in cells if (n := len(c.source.strip().splitlines())) > 60}
+    assert not long, f"more than 60 lines in cells {long} of {notebook}: take out what stands on its own, with prose before it and an output after it"

@@ -38,10 +38,21 @@ def channel_statistics(
     std = ((squares - total**2 / count) / (count - 1)).sqrt()
     return tuple((v / 255).float()[:, None, None] for v in (total / count, std))
 
-# %% ../../nbs/data/00_sets.ipynb #9de022bb
+# %% ../../nbs/data/00_sets.ipynb #2587254e
+def _chosen(data, name): # what picks a split's samples from the images
+    if name not in data.splits:
+        raise ValueError(nearest(f'split of {data.name}', name, data.splits))
+    part = data.splits[name]
+    if isinstance(part, range):
+        return slice(part.start, part.stop)
+    chosen = torch.isin(data.labels, torch.tensor(part, device=data.labels.device))
+    places = chosen.nonzero()[:, 0]
+    together = len(places) and int(places[-1] - places[0]) == len(places) - 1
+    return slice(int(places[0]), int(places[-1]) + 1) if together else chosen
+
 @dataclass(frozen=True, eq=False, repr=False)
-class Dataset:
-    "A data set, in memory or mapped from a file, and its split. Raises ValueError for a split that cannot be."
+class _Divided:
+    "Images, labels and what divides them."
     name:str             # 'digits', ...
     images:torch.Tensor  # (N, C, H, W) uint8
     labels:torch.Tensor  # (N,) int64, numbers of classes
@@ -57,45 +68,48 @@ class Dataset:
         "Are classes split, and not samples?"
         return not any(isinstance(part, range) for part in self.splits.values())
 
-    @property
-    def channels(self) -> int: return self.images.shape[1]
-
-    def _chosen(self, name): # what picks a split's samples from the images
-        if name not in self.splits:
-            raise ValueError(nearest(f'split of {self.name}', name, self.splits))
-        part = self.splits[name]
-        if isinstance(part, range):
-            return slice(part.start, part.stop)
-        chosen = torch.isin(self.labels, torch.tensor(part, device=self.labels.device))
-        places = chosen.nonzero()[:, 0]
-        together = len(places) and int(places[-1] - places[0]) == len(places) - 1
-        return slice(int(places[0]), int(places[-1]) + 1) if together else chosen
-
     def split(self,
         name:str, # 'train', 'test', ...
     ) -> tuple: # images (n, C, H, W) uint8 and labels (n,): views, if the samples of the split lie together
         "The samples of one split. Raises ValueError for an unknown one."
-        chosen = self._chosen(name)
+        chosen = _chosen(self, name)
         return self.images[chosen], self.labels[chosen]
-
-    @property
-    def train_images(self) -> torch.Tensor: return self.images[self._chosen('train')]
-    @property
-    def train_labels(self) -> torch.Tensor: return self.labels[self._chosen('train')]
-    @property
-    def test_images(self) -> torch.Tensor: return self.images[self._chosen('test')]
-    @property
-    def test_labels(self) -> torch.Tensor: return self.labels[self._chosen('test')]
-
-    @property
-    def counts(self) -> dict: # split -> number of images
-        return {s: len(self.labels[self._chosen(s)]) for s in self.splits}
 
     def with_splits(self,
         splits:dict, # 'train', 'test', ... -> names or numbers of classes
     ) -> 'Dataset': # all the same images, split by class
         "The set with a split of one's own. Raises ValueError for an unknown class, or one in two splits."
         return replace(self, splits=class_numbers(splits, self.classes, self.name))
+
+# %% ../../nbs/data/00_sets.ipynb #fe6d7b14
+def _fingerprint(data):
+    if data.by_class:
+        h = hashlib.sha256(json.dumps({s: list(c) for s, c in data.splits.items()}, sort_keys=True).encode())
+        parts = [(data.images, data.labels)]
+    else:
+        h = hashlib.sha256()
+        parts = [data.split(s) for s in sorted(data.splits, key=lambda s: data.splits[s].start)]
+    for tensor in (t for part in parts for t in part):
+        h.update(tensor.cpu().contiguous().view(-1).numpy())
+    return h.hexdigest()
+
+# %% ../../nbs/data/00_sets.ipynb #9de022bb
+class Dataset(_Divided):
+    "A data set, in memory or mapped from a file, and its split. Raises ValueError for a split that cannot be."
+    @property
+    def channels(self) -> int: return self.images.shape[1]
+    @property
+    def train_images(self) -> torch.Tensor: return self.images[_chosen(self, 'train')]
+    @property
+    def train_labels(self) -> torch.Tensor: return self.labels[_chosen(self, 'train')]
+    @property
+    def test_images(self) -> torch.Tensor: return self.images[_chosen(self, 'test')]
+    @property
+    def test_labels(self) -> torch.Tensor: return self.labels[_chosen(self, 'test')]
+
+    @property
+    def counts(self) -> dict: # split -> number of images
+        return {s: len(self.labels[_chosen(self, s)]) for s in self.splits}
 
     @cached_property
     def mean_std(self) -> tuple: # two tensors (C, 1, 1), in units of 0..1
@@ -121,15 +135,7 @@ class Dataset:
     @cached_property
     def fingerprint(self) -> str: # 64 hexadecimal digits
         "SHA-256 of images and labels, split after split; of a split by class, of the split and everything."
-        if self.by_class:
-            h = hashlib.sha256(json.dumps({s: list(c) for s, c in self.splits.items()}, sort_keys=True).encode())
-            parts = [(self.images, self.labels)]
-        else:
-            h = hashlib.sha256()
-            parts = [self.split(s) for s in sorted(self.splits, key=lambda s: self.splits[s].start)]
-        for tensor in (t for part in parts for t in part):
-            h.update(tensor.cpu().contiguous().view(-1).numpy())
-        return h.hexdigest()
+        return _fingerprint(self)
 
     def to(self, device) -> 'Dataset':
         "The same data on `device`, or the labels alone with `on_host`; the fingerprint, if known, stays known."
@@ -140,14 +146,17 @@ class Dataset:
         moved.__dict__['mean_std'] = tuple(m.to(device) for m in self.mean_std)   # no copy in a training step
         return moved
 
-    def __repr__(self):
-        counts, shape = self.counts, ' x '.join(map(str, self.images.shape[1:]))
-        if self.by_class:
-            parts = ', '.join(f'{s} {len(self.splits[s])} classes ({n} images)' for s, n in counts.items())
-            return f'{self.name}: {parts}, {shape}, {self.fingerprint[:12]}'
-        *most, last = (f'{n} {s}' for s, n in counts.items())
-        parts = f'{", ".join(most)} and {last} images'
-        return f'{self.name}: {parts}, {shape}, {len(self.classes)} classes, {self.fingerprint[:12]}'
+    def __repr__(self): return _in_words(self)
+
+# %% ../../nbs/data/00_sets.ipynb #4e5bc7ab
+def _in_words(data):
+    counts, shape = data.counts, ' x '.join(map(str, data.images.shape[1:]))
+    if data.by_class:
+        parts = ', '.join(f'{s} {len(data.splits[s])} classes ({n} images)' for s, n in counts.items())
+        return f'{data.name}: {parts}, {shape}, {data.fingerprint[:12]}'
+    *most, last = (f'{n} {s}' for s, n in counts.items())
+    parts = f'{", ".join(most)} and {last} images'
+    return f'{data.name}: {parts}, {shape}, {len(data.classes)} classes, {data.fingerprint[:12]}'
 
 # %% ../../nbs/data/00_sets.ipynb #78515ab1
 def joined(

@@ -46,6 +46,25 @@ class Connector(nn.Module):
                 norm.num_batches_tracked.add_(1)
         return f if s.dim() == 4 else f.flatten(1)
 
+# %% ../../nbs/losses/08_ab.ipynb #351c037e
+def _checked(name, in_channels, out_channels, scale, connector):
+    "Channels of the student's and of the teacher's layers, two lists. Raises ValueError for options that cannot be."
+    sizes = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)]
+    if len(sizes[0]) != len(sizes[1]) or not sizes[0] or min(sizes[0] + sizes[1]) < 1:
+        raise ValueError(f"{name} needs as many in_channels as out_channels, each at least 1; "
+                         f"got {in_channels} and {out_channels}")
+    if connector is False and sizes[0] != sizes[1]:
+        raise ValueError(f"{name} without connectors needs equal channels; got {in_channels} and {out_channels}")
+    if scale != 'mean' and not (isinstance(scale, (int, float)) and scale > 0):
+        raise ValueError(f"{name} needs a positive scale, or 'mean'; got {scale!r}")
+    return sizes
+
+def _layer_weights(name, weights, n):
+    weights = [float(w) for w in ([2.**(k - n + 1) for k in range(n)] if weights is None else weights)]
+    if len(weights) != n:
+        raise ValueError(f"{name} needs one layer weight a layer; got {len(weights)} for {n}")
+    return weights
+
 # %% ../../nbs/losses/08_ab.ipynb #238a88d5
 class PreActivationLoss(DistillationLoss):
     "A loss on maps before the ReLU, the student's behind connectors: what AB and OFD share."
@@ -57,20 +76,9 @@ class PreActivationLoss(DistillationLoss):
         connector=None,     # True: at every layer; False: at none; None: where the channels differ
     ):
         super().__init__()
-        sizes = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)]
-        name = type(self).__name__
-        if len(sizes[0]) != len(sizes[1]) or not sizes[0] or min(sizes[0] + sizes[1]) < 1:
-            raise ValueError(f"{name} needs as many in_channels as out_channels, each at least 1; "
-                             f"got {in_channels} and {out_channels}")
-        if connector is False and sizes[0] != sizes[1]:
-            raise ValueError(f"{name} without connectors needs equal channels; got {in_channels} and {out_channels}")
-        if scale != 'mean' and not (isinstance(scale, (int, float)) and scale > 0):
-            raise ValueError(f"{name} needs a positive scale, or 'mean'; got {scale!r}")
-        self.channels, self.scale, n = list(zip(*sizes)), scale, len(sizes[0])
-        if layer_weights is None: layer_weights = [2.**(k - n + 1) for k in range(n)]
-        self.layer_weights = [float(w) for w in layer_weights]
-        if len(self.layer_weights) != n:
-            raise ValueError(f"{name} needs one layer weight a layer; got {len(self.layer_weights)} for {n}")
+        sizes = _checked(type(self).__name__, in_channels, out_channels, scale, connector)
+        self.channels, self.scale = list(zip(*sizes)), scale
+        self.layer_weights = _layer_weights(type(self).__name__, layer_weights, len(sizes[0]))
         self.connectors = nn.ModuleList(
             Connector(i, o) if connector or connector is None and i != o else nn.Identity() for i, o in self.channels)
 

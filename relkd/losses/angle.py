@@ -85,6 +85,7 @@ def _fused():
     if not _compiled: _compiled.append(torch.compile(_tile, dynamic=True))
     return _compiled[0]
 
+# %% ../../nbs/losses/21_fast_angle.ipynb #4f837e6d
 _kept = threading.local()
 class _Buffers:
     """The same tile with every intermediate in memory that is used again, by the next block and by the next call.
@@ -158,7 +159,7 @@ def _cube(
                     wj[:, K].add_(other[1])
     return loss, M, v, w
 
-# %% ../../nbs/losses/21_fast_angle.ipynb #d44d117c
+# %% ../../nbs/losses/21_fast_angle.ipynb #6113dfc7
 _broken = []
 def _on_gpu(q, z, anchors, rough):
     "The cube by the Triton kernel; None on a CPU, without Triton, or where the kernel does not compile (said once)."
@@ -171,6 +172,24 @@ def _on_gpu(q, z, anchors, rough):
         warnings.warn(f"RKDAngle's Triton kernel does not run here ({type(error).__name__}: {str(error)[:80]!r}); "
                       "PyTorch's blocks are used")
 
+# %% ../../nbs/losses/21_fast_angle.ipynb #b88b646c
+def _cubes(both, anchors, rough, compiled):
+    "All vertices of `anchors`, a range or positions: loss, M, v and w as of `_cube`, each vertex in the precision that it needs."
+    if rough is None:
+        return _cube(both, anchors, torch.float32, compiled)
+    n, drawn = both.shape[1], isinstance(anchors, torch.Tensor)
+    which = anchors if drawn else torch.arange(anchors.start, anchors.stop, anchors.step, device=both.device)
+    if found := _on_gpu(*both, which, rough): return found
+    if not rough.any(): return _cube(both, anchors, torch.float32, compiled)
+    if rough.all(): return _cube(both, anchors, torch.float64, compiled)
+    v, w, (loss, M) = both.new_empty(len(which), n), both.new_empty(len(which), n), (0., 0.)
+    for part, dtype in ((~rough, torch.float32), (rough, torch.float64)):
+        l, m, *vw = _cube(both, which[part], dtype, compiled)
+        loss, M = loss + l, M + m.double()
+        v[part], w[part] = (x.double() for x in vw)
+    return loss, M, v, w
+
+# %% ../../nbs/losses/21_fast_angle.ipynb #d44d117c
 def loss_and_gradient(
     student:torch.Tensor, # (N, D_S), float32 or float64
     teacher:torch.Tensor, # (N, D_T), or, if `known`, its sides (N, N)
@@ -195,18 +214,8 @@ def loss_and_gradient(
         # i = k: the cosine is 1 or, without a direction, 0
         diagonal = .5 * ((near[0] > 0) != (near[1] > 0)).sum() if distinct else 0.
         if rough is None: both = both.float()    # from here on float32 will do
-        elif which is None: which = torch.arange(start, n, step, device=e.device)
-        else: which = J
         del near
-        if rough is not None and (found := _on_gpu(*both, which, rough)): loss, M, v, w = found
-        elif rough is None or not rough.any(): loss, M, v, w = _cube(both, anchors, torch.float32, compiled)
-        elif rough.all(): loss, M, v, w = _cube(both, anchors, torch.float64, compiled)
-        else:
-            v, w, (loss, M) = both.new_empty(len(which), n), both.new_empty(len(which), n), (0., 0.)
-            for part, dtype in ((~rough, torch.float32), (rough, torch.float64)):
-                l, m, *vw = _cube(both, which[part], dtype, compiled)
-                loss, M = loss + l, M + m.double()
-                v[part], w[part] = (x.double() for x in vw)
+        loss, M, v, w = _cubes(both, anchors, rough, compiled)
         S = M.neg_().to(v.dtype)
         rows = S[J].add_(v, alpha=2).sub_(w.mul_(_reciprocal(both[0, J].to(w.dtype))))
         if not isinstance(J, slice): S[J] = rows    # of a slice they are a view

@@ -12,11 +12,12 @@ try:
     import triton.language as tl
 except ImportError: triton = None
 
-# %% ../../nbs/losses/22_angle_triton.ipynb #4d55e63b
+# %% ../../nbs/losses/22_angle_triton.ipynb #59c52b70
 def available() -> bool:
     "Is Triton here? On a CPU only its interpreter runs the kernel: TRITON_INTERPRET=1 before Triton's import."
     return triton is not None
 
+# %% ../../nbs/losses/22_angle_triton.ipynb #4d55e63b
 if triton is not None:
     @triton.jit
     def _box(q, r, z, u, order, split, loss, M, v, w, n, a, per, BJ: tl.constexpr, BI: tl.constexpr,

@@ -14,43 +14,10 @@ from torch.nn.modules.loss import _Loss
 from ..ground import nearest
 from ..relations import as_points, full_precision
 
-# %% ../../nbs/losses/00_contract.ipynb #83d4faa4
-class DistillationLoss(_Loss):
-    """A loss that compares a layer of a student with a layer of a teacher: `loss(student, teacher)`, student first.
-
-    A subclass calls `super().__init__()` and writes `forward`. The rest has defaults.
-
-    `forward(student, teacher, index=None)` gives a tensor of 0 dimensions. Each side is the tensor of a layer, or a
-    list of tensors where several layers are read; `teacher` may also be what `teacher_part` made of it. The gradient
-    goes to the student and to the loss's own parameters, never to the teacher. `index`, (N,) int64, says which training
-    samples these are, from 0 to n - 1: it is always handed over by an engine, and ignored by a loss that does not
-    remember samples. Everything is computed in float32 at least. Bad input raises a ValueError of one line: what was
-    given, what is needed, what to do.
-
-    `from_features(student, teacher, labels=None, **options)`, a class method, makes the loss for layers like these
-    examples. By default it is `cls(**options)`; a loss with trainable parts reads their shapes from the examples, one
-    that remembers the training samples reads their number, or their classes, from `labels`, (n,) int64.
-
-    `teacher_part(teacher)` is what the loss reads of a teacher's layer: computed once a batch, without gradient, and
-    handed to all students. By default the layer itself. `part_name` is its name: losses of equal `part_name` share one
-    part a layer, so the name says all that the part depends on, options included. None, the default: there is no part,
-    nothing is kept.
-
-    `prepare(student, teacher, index=None)` is what a first stage minimises, where a method has one. By default
-    `forward`.
-
-    `split(rank, processes)` is told once, before training, where each of several processes sees the whole batch: a loss
-    whose work can be divided computes a share from then on, such that the mean over the processes is the loss. By
-    default nothing.
-    """
+# %% ../../nbs/losses/00_contract.ipynb #d8bc1c0e
+class _Defaults(_Loss):
+    "What a loss may also have to say, and what is done if it says nothing."
     part_name = None
-
-    def forward(self,
-        student,    # a layer of the student, or a list of layers: receives the gradient
-        teacher,    # of the teacher, or its `teacher_part`: receives none
-        index=None, # (N,) int64, which training samples these are
-    ) -> torch.Tensor: # 0-dim
-        raise NotImplementedError(f"{type(self).__name__} has no forward(student, teacher, index=None)")
 
     @classmethod
     def from_features(cls,
@@ -81,6 +48,42 @@ class DistillationLoss(_Loss):
         processes:int, # how many
     ):
         "From here on a share of the work, if it can be divided."
+
+# %% ../../nbs/losses/00_contract.ipynb #83d4faa4
+class DistillationLoss(_Defaults):
+    """A loss that compares a layer of a student with a layer of a teacher: `loss(student, teacher)`, student first.
+
+    A subclass calls `super().__init__()` and writes `forward`. The rest has defaults.
+
+    `forward(student, teacher, index=None)` gives a tensor of 0 dimensions. Each side is the tensor of a layer, or a
+    list of tensors where several layers are read; `teacher` may also be what `teacher_part` made of it. The gradient
+    goes to the student and to the loss's own parameters, never to the teacher. `index`, (N,) int64, says which training
+    samples these are, from 0 to n - 1: it is always handed over by an engine, and ignored by a loss that does not
+    remember samples. Everything is computed in float32 at least. Bad input raises a ValueError of one line: what was
+    given, what is needed, what to do.
+
+    `from_features(student, teacher, labels=None, **options)`, a class method, makes the loss for layers like these
+    examples. By default it is `cls(**options)`; a loss with trainable parts reads their shapes from the examples, one
+    that remembers the training samples reads their number, or their classes, from `labels`, (n,) int64.
+
+    `teacher_part(teacher)` is what the loss reads of a teacher's layer: computed once a batch, without gradient, and
+    handed to all students. By default the layer itself. `part_name` is its name: losses of equal `part_name` share one
+    part a layer, so the name says all that the part depends on, options included. None, the default: there is no part,
+    nothing is kept.
+
+    `prepare(student, teacher, index=None)` is what a first stage minimises, where a method has one. By default
+    `forward`.
+
+    `split(rank, processes)` is told once, before training, where each of several processes sees the whole batch: a loss
+    whose work can be divided computes a share from then on, such that the mean over the processes is the loss. By
+    default nothing.
+    """
+    def forward(self,
+        student,    # a layer of the student, or a list of layers: receives the gradient
+        teacher,    # of the teacher, or its `teacher_part`: receives none
+        index=None, # (N,) int64, which training samples these are
+    ) -> torch.Tensor: # 0-dim
+        raise NotImplementedError(f"{type(self).__name__} has no forward(student, teacher, index=None)")
 
 # %% ../../nbs/losses/00_contract.ipynb #67123a19
 def without_graph(

@@ -74,10 +74,25 @@ def _numbers(name, shape, index, s, samples):
                              "samples are counted from 0, within the training set")
     return index.to(s.device)
 
-# %% ../../nbs/losses/12_crd.ipynb #95d90be5
-class CRD(DistillationLoss):
-    """Logistic loss of telling the pair of the same image from pairs with remembered other images.
-    Tian et al. 2020, Eq. 10 and 19, with the constant Z, the memories and the sums of the authors' code."""
+# %% ../../nbs/losses/12_crd.ipynb #2152854e
+def _checked(in_features, out_features, samples, feat_dim, negatives, T, momentum, classes, eps):
+    "`classes` as a tensor, or None. Raises ValueError for options of CRD that cannot be."
+    if min(in_features, out_features, feat_dim, negatives) < 1 or samples < 2:
+        raise ValueError("CRD needs in_features, out_features, feat_dim and negatives of at least 1 and 2 samples "
+                         f"or more; got {in_features}, {out_features}, {feat_dim}, {negatives} and {samples}")
+    if not (T > 0 and 0 <= momentum < 1 and eps >= 0):
+        raise ValueError("CRD needs T above 0, momentum from 0 to below 1 and eps of at least 0; "
+                         f"got {T}, {momentum} and {eps}")
+    if classes is not None:
+        classes = torch.as_tensor(classes)
+        if classes.shape != (samples,) or classes.dtype != torch.long or (classes == classes[0]).all():
+            raise ValueError(f"CRD needs classes of shape ({samples},), int64, not all equal; "
+                             f"got {tuple(classes.shape)}, {classes.dtype}")
+    return classes
+
+# %% ../../nbs/losses/12_crd.ipynb #13d84b15
+class _Memories(DistillationLoss):
+    "Two embedding layers, and what each of them gave for every training sample."
     def __init__(self,
         in_features:int,      # D_S
         out_features:int,     # D_T
@@ -90,17 +105,7 @@ class CRD(DistillationLoss):
         eps:float=1e-7,       # of the authors' code, beside K / n
     ):
         super().__init__()
-        if min(in_features, out_features, feat_dim, negatives) < 1 or samples < 2:
-            raise ValueError("CRD needs in_features, out_features, feat_dim and negatives of at least 1 and 2 samples "
-                             f"or more; got {in_features}, {out_features}, {feat_dim}, {negatives} and {samples}")
-        if not (T > 0 and 0 <= momentum < 1 and eps >= 0):
-            raise ValueError("CRD needs T above 0, momentum from 0 to below 1 and eps of at least 0; "
-                             f"got {T}, {momentum} and {eps}")
-        if classes is not None:
-            classes = torch.as_tensor(classes)
-            if classes.shape != (samples,) or classes.dtype != torch.long or (classes == classes[0]).all():
-                raise ValueError(f"CRD needs classes of shape ({samples},), int64, not all equal; "
-                                 f"got {tuple(classes.shape)}, {classes.dtype}")
+        classes = _checked(in_features, out_features, samples, feat_dim, negatives, T, momentum, classes, eps)
         self.samples, self.negatives, self.T, self.momentum, self.eps = samples, negatives, T, momentum, eps
         self.embed_s, self.embed_t = nn.Linear(in_features, feat_dim), nn.Linear(out_features, feat_dim)
         for name in ('memory_s', 'memory_t'):
@@ -108,6 +113,36 @@ class CRD(DistillationLoss):
         self.register_buffer('log_Z', torch.full((2,), float('inf')))    # until the first training step
         self.other_classes = None if classes is None else _OtherClasses(classes)
 
+    @torch.no_grad()
+    def _remember(self, index, s, t, log_Z):
+        self.log_Z.copy_(log_Z)
+        for memory, v in ((self.memory_s, s), (self.memory_t, t)):
+            row = F.normalize(self.momentum * memory[index] + (1 - self.momentum) * v)
+            memory.index_copy_(0, index, row.to(memory.dtype))
+
+    def extra_repr(self):
+        return f'samples={self.samples}, negatives={self.negatives}, T={self.T:g}, momentum={self.momentum:g}'
+
+# %% ../../nbs/losses/12_crd.ipynb #4967e058
+def _rows(loss, index, negatives):
+    "(N, 1 + K) numbers of rows: the sample's own, then the negatives, drawn if they are not given."
+    if negatives is not None:
+        negatives = _numbers('negatives', '(N, K)', negatives, index, loss.samples)
+    elif loss.other_classes is not None:
+        negatives = loss.other_classes(index, loss.negatives)
+    else:
+        negatives = torch.randint(loss.samples, (index.shape[0], loss.negatives), device=index.device)
+    return torch.cat([index[:, None], negatives], 1)
+
+def _embedded(loss, s, t):
+    dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), loss.embed_s.weight.dtype)
+    embedded = ((s, loss.embed_s), (t, loss.embed_t))
+    return (_unit(F.linear(e.to(dtype), g.weight.to(dtype), g.bias.to(dtype))) for e, g in embedded)
+
+# %% ../../nbs/losses/12_crd.ipynb #95d90be5
+class CRD(_Memories):
+    """Logistic loss of telling the pair of the same image from pairs with remembered other images.
+    Tian et al. 2020, Eq. 10 and 19, with the constant Z, the memories and the sums of the authors' code."""
     @classmethod
     def from_features(cls,
         student,          # an example of the student's layer, (N, D_S), or a map, which is flattened
@@ -140,27 +175,12 @@ class CRD(DistillationLoss):
                              f"teacher features; got {s.shape[1]} and {t.shape[1]}: "
                              "CRD.from_features reads them from an example")
         index = _numbers('index', '(N,)', index, s, self.samples)
-        if negatives is not None: negatives = _numbers('negatives', '(N, K)', negatives, s, self.samples)
-        elif self.other_classes is not None: negatives = self.other_classes(index, self.negatives)
-        else: negatives = torch.randint(self.samples, (index.shape[0], self.negatives), device=index.device)
-        chosen = torch.cat([index[:, None], negatives], 1)
-        dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), self.embed_s.weight.dtype)
+        chosen = _rows(self, index, negatives)
         with full_precision(s):
-            embedded = ((s, self.embed_s), (t, self.embed_t))
-            s, t = (_unit(F.linear(e.to(dtype), g.weight.to(dtype), g.bias.to(dtype))) for e, g in embedded)
+            s, t = _embedded(self, s, t)
             of_s, to_s, z_s = contrast(s, self.memory_t, chosen, self.log_Z[0], self.T, self.eps)
             of_t, to_t, z_t = contrast(t, self.memory_s, chosen, self.log_Z[1], self.T, self.eps)
             instead = 'there is no other form of it here'
             total = known_gradient(s, of_s, to_s, 'CRD', instead) + known_gradient(t, of_t, to_t, 'CRD', instead)
             if self.training and torch.is_grad_enabled(): self._remember(index, s, t, torch.stack([z_s, z_t]))
         return total
-
-    @torch.no_grad()
-    def _remember(self, index, s, t, log_Z):
-        self.log_Z.copy_(log_Z)
-        for memory, v in ((self.memory_s, s), (self.memory_t, t)):
-            row = F.normalize(self.momentum * memory[index] + (1 - self.momentum) * v)
-            memory.index_copy_(0, index, row.to(memory.dtype))
-
-    def extra_repr(self):
-        return f'samples={self.samples}, negatives={self.negatives}, T={self.T:g}, momentum={self.momentum:g}'

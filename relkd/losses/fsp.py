@@ -25,6 +25,34 @@ def flow_matrix(
     first, second = (f if list(f.shape[2:]) == size else _POOL[pool](f, size) for f in (first, second))
     return first.flatten(2) @ second.flatten(2).transpose(1, 2) / (size[0] * size[1])
 
+# %% ../../nbs/losses/10_fsp.ipynb #2c1000ca
+def _check_map(f, name):
+    if not (isinstance(f, torch.Tensor) and f.is_floating_point() and f.dim() == 4 and 0 not in f.shape):
+        given = f'{tuple(f.shape)}, {f.dtype}' if isinstance(f, torch.Tensor) else type(f).__name__
+        raise ValueError(f"FSP needs {name} maps of shape (N, C, H, W), floating point, none empty; "
+                         f"got {given}: take layers before the pooling")
+
+def _layers(student, teacher, least):
+    "Two lists of as many maps, float32 at least; the teacher's without a graph."
+    layers = [list(maps) if isinstance(maps, (list, tuple)) else [maps] for maps in (student, teacher)]
+    for name, maps in zip(('student', 'teacher'), layers):
+        for f in maps:
+            _check_map(f, name)
+    ns, nt = map(len, layers)
+    if ns != nt or ns < least:
+        raise ValueError(f"FSP needs as many layers of the teacher as of the student, at least {least}; "
+                         f"got {ns} of the student and {nt} of the teacher")
+    sizes = [[f.shape[:2] for f in maps] for maps in layers]
+    if any(n != sizes[0][0][0] for maps in sizes for n, _ in maps):
+        of_s, of_t = (', '.join(str(n) for n, _ in maps) for maps in sizes)
+        raise ValueError(f"FSP needs all layers of the same samples; got N = {of_s} and N = {of_t}")
+    for k, ((_, a), (_, b)) in enumerate(zip(*sizes)):
+        if a != b:
+            raise ValueError("FSP needs as many channels in the student as in the teacher, layer by layer; "
+                             f"got {a} and {b} in layer {k}: choose other layers, or a loss with a regressor")
+    dtype = torch.float64 if any(f.dtype == torch.float64 for maps in layers for f in maps) else torch.float32
+    return [f.to(dtype) for f in layers[0]], [without_graph(f).to(dtype) for f in layers[1]]
+
 # %% ../../nbs/losses/10_fsp.ipynb #ada8f100
 class FSP(DistillationLoss):
     "Squared distance of the flow matrices of pairs of layers (Yim et al. 2017, Eq. 2)."
@@ -52,7 +80,7 @@ class FSP(DistillationLoss):
         teacher, # list of as many maps (N, C_i, H'_i, W'_i), of the same channels layer by layer: receives none
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over pairs, float32 at least. Raises ValueError on bad shapes
-        student, teacher = self._layers(student, teacher)
+        student, teacher = _layers(student, teacher, least=2 if self.pairs is None else 1 + max(map(max, self.pairs)))
         pairs = self.pairs or [(i, i + 1) for i in range(len(student) - 1)]
         weights = self.weights or [1.] * len(pairs)
         if len(weights) != len(pairs):
@@ -64,29 +92,6 @@ class FSP(DistillationLoss):
     def _one(self, s, t):
         squares = (s - t).pow(2)
         return squares.mean() if self.reduction == 'mean' else squares.sum((1, 2)).mean()
-
-    def _layers(self, student, teacher):
-        layers = [list(maps) if isinstance(maps, (list, tuple)) else [maps] for maps in (student, teacher)]
-        for name, maps in zip(('student', 'teacher'), layers):
-            for f in maps:
-                if not (isinstance(f, torch.Tensor) and f.is_floating_point() and f.dim() == 4 and 0 not in f.shape):
-                    given = f'{tuple(f.shape)}, {f.dtype}' if isinstance(f, torch.Tensor) else type(f).__name__
-                    raise ValueError(f"FSP needs {name} maps of shape (N, C, H, W), floating point, none empty; "
-                                     f"got {given}: take layers before the pooling")
-        (ns, nt), least = map(len, layers), 2 if self.pairs is None else 1 + max(map(max, self.pairs))
-        if ns != nt or ns < least:
-            raise ValueError(f"FSP needs as many layers of the teacher as of the student, at least {least}; "
-                             f"got {ns} of the student and {nt} of the teacher")
-        sizes = [[f.shape[:2] for f in maps] for maps in layers]
-        if any(n != sizes[0][0][0] for maps in sizes for n, _ in maps):
-            of_s, of_t = (', '.join(str(n) for n, _ in maps) for maps in sizes)
-            raise ValueError(f"FSP needs all layers of the same samples; got N = {of_s} and N = {of_t}")
-        for k, ((_, a), (_, b)) in enumerate(zip(*sizes)):
-            if a != b:
-                raise ValueError("FSP needs as many channels in the student as in the teacher, layer by layer; "
-                                 f"got {a} and {b} in layer {k}: choose other layers, or a loss with a regressor")
-        dtype = torch.float64 if any(f.dtype == torch.float64 for maps in layers for f in maps) else torch.float32
-        return [f.to(dtype) for f in layers[0]], [without_graph(f).to(dtype) for f in layers[1]]
 
     def extra_repr(self):
         return f'pairs={self.pairs}, weights={self.weights}, pool={self.pool!r}, reduction={self.reduction!r}'

@@ -75,12 +75,24 @@ def _at_least_one(p, loss):
     if not p >= 1: raise ValueError(f"{loss} needs a power of at least 1; got p = {p}")
     return p
 
-# %% ../../nbs/losses/09_ft.ipynb #f96188a1
+# %% ../../nbs/losses/09_ft.ipynb #538a509a
 def _one_of(name, given, *known):
     if given not in known:
         raise ValueError(f"FT needs {name} to be one of {', '.join(map(repr, known))}; got {given!r}")
     return given
 
+def _channels(in_channels, out_channels, rate):
+    "Channels of the student's and the teacher's layers, two lists."
+    sizes = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)]
+    if len(sizes[0]) != len(sizes[1]) or not sizes[0] or min(sizes[0] + sizes[1]) < 1:
+        raise ValueError("FT needs as many in_channels as out_channels, each at least 1; "
+                         f"got {in_channels} and {out_channels}")
+    if not 0 < rate < float('inf') or round(rate * min(sizes[1])) < 1:
+        raise ValueError("FT needs a rate that leaves a factor at least 1 channel; "
+                         f"got rate = {rate} of {out_channels} channels")
+    return sizes
+
+# %% ../../nbs/losses/09_ft.ipynb #f96188a1
 class _Networks(DistillationLoss):
     "A paraphraser and a translator for each layer."
     def __init__(self,
@@ -94,13 +106,7 @@ class _Networks(DistillationLoss):
         compare:str='factor',    # compare the 'factor', or only its 'attention' map (CRD benchmark)
     ):
         super().__init__()
-        sizes = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)]
-        if len(sizes[0]) != len(sizes[1]) or not sizes[0] or min(sizes[0] + sizes[1]) < 1:
-            raise ValueError("FT needs as many in_channels as out_channels, each at least 1; "
-                             f"got {in_channels} and {out_channels}")
-        if not 0 < rate < float('inf') or round(rate * min(sizes[1])) < 1:
-            raise ValueError("FT needs a rate that leaves a factor at least 1 channel; "
-                             f"got rate = {rate} of {out_channels} channels")
+        sizes = _channels(in_channels, out_channels, rate)
         self.rate, self.p = rate, _at_least_one(p, 'FT')
         self.reduction = _one_of('reduction', reduction, 'mean', 'norm')
         self.reconstruction = _one_of('reconstruction', reconstruction, 'l1', 'l2')

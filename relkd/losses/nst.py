@@ -22,6 +22,20 @@ def selectivity(
     peak = f.detach().abs().amax(2, keepdim=True)             # cancels in the normalisation, its gradient too
     return F.normalize(f / peak.masked_fill(peak <= eps, float('inf')), dim=2)
 
+# %% ../../nbs/losses/11_nst.ipynb #81af3f9c
+def _means(a, b, teacher_term):                               # of phi over the channels, where phi is known
+    gap = (a - b).pow(2) if teacher_term else a * (a - 2 * b)
+    return gap.flatten(1).sum(1).mean()
+
+def _gaussian(x, y, sigma2):
+    "The kernel as a function of two batches of channels; its width from x and y if `sigma2` is None."
+    def length2(v): return v.detach().pow(2).sum(2)           # 1, or 0 for a silent channel: never a gradient
+    if sigma2 is None:
+        mean_s, mean_t = x.detach().mean(1), y.mean(1)
+        sigma2 = (length2(x).mean(1) + length2(y).mean(1) - 2 * (mean_s * mean_t).sum(1))[:, None, None]
+        sigma2 = sigma2.masked_fill(sigma2 <= 1e-6, float('inf'))        # all channels alike: no discrepancy
+    return lambda a, b: (a / sigma2 @ b.mT - (length2(a)[:, :, None] + length2(b)[:, None]) / (2 * sigma2)).exp()
+
 # %% ../../nbs/losses/11_nst.ipynb #bb548149
 class NST(DistillationLoss):
     """Squared maximum mean discrepancy of the student's and the teacher's normalised channels (Huang & Wang 2017).
@@ -54,28 +68,15 @@ class NST(DistillationLoss):
         with full_precision(s):
             x, y = selectivity(s), selectivity(t)
             (cs, hw), ct = x.shape[1:], y.shape[1]
-            if self.kernel == 'linear': return self._means(x.mean(1), y.mean(1))
+            if self.kernel == 'linear': return _means(x.mean(1), y.mean(1), self.teacher_term)
             if (self.kernel == 'polynomial' and (self.degree, self.c) == (2, 0)
                     and hw * (cs + ct) <= cs * cs + cs * ct + ct * ct):
-                return self._means(x.mT @ x / cs, y.mT @ y / ct)
-            k = self._polynomial if self.kernel == 'polynomial' else self._gaussian(x, y)
+                return _means(x.mT @ x / cs, y.mT @ y / ct, self.teacher_term)
+            k = self._polynomial if self.kernel == 'polynomial' else _gaussian(x, y, self.sigma2)
             own = k(x, x).mean() - 2 * k(x, y).mean()
             return own + k(y, y).mean() if self.teacher_term else own
 
-    def _means(self, a, b):                                   # of phi over the channels, where phi is known
-        gap = (a - b).pow(2) if self.teacher_term else a * (a - 2 * b)
-        return gap.flatten(1).sum(1).mean()
-
     def _polynomial(self, x, y): return (x @ y.mT + self.c).pow(self.degree)
-
-    def _gaussian(self, x, y):
-        def length2(v): return v.detach().pow(2).sum(2)       # 1, or 0 for a silent channel: never a gradient
-        sigma2 = self.sigma2
-        if sigma2 is None:
-            mean_s, mean_t = x.detach().mean(1), y.mean(1)
-            sigma2 = (length2(x).mean(1) + length2(y).mean(1) - 2 * (mean_s * mean_t).sum(1))[:, None, None]
-            sigma2 = sigma2.masked_fill(sigma2 <= 1e-6, float('inf'))    # all channels alike: no discrepancy
-        return lambda a, b: (a / sigma2 @ b.mT - (length2(a)[:, :, None] + length2(b)[:, None]) / (2 * sigma2)).exp()
 
     def extra_repr(self):
         polynomial, gaussian = f', degree={self.degree}, c={self.c:g}', f', sigma2={self.sigma2}'

@@ -15,6 +15,38 @@ import torch.nn.functional as F
 from .contract import DistillationLoss, as_map_pairs
 from ..relations import full_precision
 
+# %% ../../nbs/losses/06_vid.ipynb #48f4b755
+def _sizes(in_channels, out_channels, mid_channels):
+    "Channels of each layer: [student's, hidden, teacher's], three lists."
+    sizes = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)]
+    if mid_channels is None: hidden = sizes[1]
+    else: hidden = list(mid_channels) if isinstance(mid_channels, (list, tuple)) else [mid_channels] * len(sizes[1])
+    sizes.insert(1, hidden)
+    if len({len(c) for c in sizes}) > 1 or not sizes[0] or min(sum(sizes, [])) < 1:
+        raise ValueError("VID needs as many in_channels as out_channels (and mid_channels), each at least 1; "
+                         f"got {in_channels} and {out_channels} (and {mid_channels})")
+    return sizes
+
+def _regressor(i, m, o):
+    conv = lambda i, o: nn.Conv2d(i, o, 1, bias=False)
+    return nn.Sequential(conv(i, m), nn.ReLU(), conv(m, m), nn.ReLU(), conv(m, o))
+
+# %% ../../nbs/losses/06_vid.ipynb #c82bc5c4
+def _surprise(s, t, regressor, alpha, eps):
+    if (s.shape[1], t.shape[1]) != (regressor[0].in_channels, len(alpha)):
+        raise ValueError(f"VID was made for {regressor[0].in_channels} student and {len(alpha)} teacher channels; "
+                         f"got {s.shape[1]} and {t.shape[1]}: VID.from_features reads them from an example")
+    dtype = torch.promote_types(s.dtype, alpha.dtype)
+    if s.dim() == 4 and s.shape[2] * s.shape[3] == 1: s, t = s.flatten(1), t.flatten(1)    # a product is faster
+    with full_precision(s):
+        s, t, variance = s.to(dtype), t.to(dtype), F.softplus(alpha.to(dtype)) + eps
+        for k, conv in enumerate(regressor[::2]):
+            if k: s = F.relu(s, inplace=True)
+            w = conv.weight.to(dtype)
+            s = F.conv2d(s, w) if s.dim() == 4 else F.linear(s, w.flatten(1))
+        mse = (s - t).pow(2).mean([d for d in range(s.dim()) if d != 1])
+        return .5 * (mse / variance + variance.log()).mean()
+
 # %% ../../nbs/losses/06_vid.ipynb #a8f43ff3
 class VID(DistillationLoss):
     """Negative log-density of the teacher's layer under a Gaussian around a regression of the student's.
@@ -27,18 +59,10 @@ class VID(DistillationLoss):
         eps:float=1e-5,           # least variance
     ):
         super().__init__()
-        sizes = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)]
-        if mid_channels is None: hidden = sizes[1]
-        else: hidden = list(mid_channels) if isinstance(mid_channels, (list, tuple)) else [mid_channels] * len(sizes[1])
-        sizes.insert(1, hidden)
-        if len({len(c) for c in sizes}) > 1 or not sizes[0] or min(sum(sizes, [])) < 1:
-            raise ValueError("VID needs as many in_channels as out_channels (and mid_channels), each at least 1; "
-                             f"got {in_channels} and {out_channels} (and {mid_channels})")
+        sizes = _sizes(in_channels, out_channels, mid_channels)
         if not 0 < eps < init_variance < float('inf'):
             raise ValueError(f"VID needs 0 < eps < init_variance; got eps = {eps} and init_variance = {init_variance}")
-        conv = lambda i, o: nn.Conv2d(i, o, 1, bias=False)
-        self.regressors = nn.ModuleList(
-            nn.Sequential(conv(i, m), nn.ReLU(), conv(m, m), nn.ReLU(), conv(m, o)) for i, m, o in zip(*sizes))
+        self.regressors = nn.ModuleList(_regressor(*of_layer) for of_layer in zip(*sizes))
         start = init_variance - eps
         alpha = start + math.log(-math.expm1(-start))    # softplus backwards
         self.alphas = nn.ParameterList(torch.full((o,), alpha) for o in sizes[2])
@@ -68,22 +92,6 @@ class VID(DistillationLoss):
         pairs = as_map_pairs(student, teacher, 'VID', embeddings=True)
         if len(pairs) != len(self.regressors):
             raise ValueError(f"VID was made for {len(self.regressors)} layer(s); got {len(pairs)}")
-        return sum(self._one(*layer) for layer in zip(self.regressors, self.alphas, pairs))
-
-    def _one(self, regressor, alpha, pair):
-        s, t = pair
-        if (s.shape[1], t.shape[1]) != (regressor[0].in_channels, len(alpha)):
-            raise ValueError(f"VID was made for {regressor[0].in_channels} student and {len(alpha)} teacher channels; "
-                             f"got {s.shape[1]} and {t.shape[1]}: VID.from_features reads them from an example")
-        dtype = torch.promote_types(s.dtype, alpha.dtype)
-        if s.dim() == 4 and s.shape[2] * s.shape[3] == 1: s, t = s.flatten(1), t.flatten(1)    # a product is faster
-        with full_precision(s):
-            s, t, variance = s.to(dtype), t.to(dtype), F.softplus(alpha.to(dtype)) + self.eps
-            for k, conv in enumerate(regressor[::2]):
-                if k: s = F.relu(s, inplace=True)
-                w = conv.weight.to(dtype)
-                s = F.conv2d(s, w) if s.dim() == 4 else F.linear(s, w.flatten(1))
-            mse = (s - t).pow(2).mean([d for d in range(s.dim()) if d != 1])
-            return .5 * (mse / variance + variance.log()).mean()
+        return sum(_surprise(s, t, g, a, self.eps) for g, a, (s, t) in zip(self.regressors, self.alphas, pairs))
 
     def extra_repr(self): return f'eps={self.eps:g}'

@@ -413,7 +413,7 @@ EXAMPLES = (
     'vgg13', 'mobilenetv2', 'shufflenetv1', 'shufflenetv2', 'conv4', 'conv4_28', 'conv4_84',
 )
 
-# %% ../../nbs/lab/01_models.ipynb #f57eceb5
+# %% ../../nbs/lab/01_models.ipynb #04c264d4
 def _builder(name):
     "What makes the network of that name from (classes, channels)."
     for pattern, build in FAMILIES.items():
@@ -431,6 +431,7 @@ def _own(build, classes, channels):
         raise ValueError(f"{what}(classes, channels) must give an nn.Module; got a {type(net).__name__}")
     return net
 
+# %% ../../nbs/lab/01_models.ipynb #f57eceb5
 def create(
     name,               # 'resnet20', 'resnet8x4', ..., or a function (classes, channels) -> nn.Module of your own
     classes:int,        # outputs; None or 0: no classifier, the output is the embedding

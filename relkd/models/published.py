@@ -58,10 +58,25 @@ def _groups(tensors, size):
         room -= need[n]
     return groups
 
-# %% ../../nbs/lab/01_published.ipynb #1c73bfbf
+# %% ../../nbs/lab/01_published.ipynb #3d500b37
 def _is(network, classes, channels):
     return f'{network} with {classes or "no"} classes and {channels} channels'
 
+def _written(path, tensors, size):
+    "Parts of at most `size` bytes beside the manifest `path`; one that is there with the same bytes is taken as it is."
+    from safetensors.torch import save as as_bytes
+    parts, k = [], 0
+    part = lambda k: path.with_name(f'{path.name[:-5]}-{k}.safetensors')
+    for content in map(as_bytes, _groups(tensors, size)):
+        while part(k).exists() and part(k).read_bytes() != content:
+            k += 1
+        if not part(k).exists():
+            write_atomically(part(k), content, 'folder=')
+        parts.append({'name': part(k).name, 'bytes': len(content), 'sha256': hashlib.sha256(content).hexdigest()})
+        k += 1
+    return parts
+
+# %% ../../nbs/lab/01_published.ipynb #1c73bfbf
 def save(
     net:nn.Module,            # trained; stays as it is
     name:str,                 # to publish it under: 'cifar100/resnet50'
@@ -74,22 +89,14 @@ def save(
     options:dict=None,        # what else `create` was given: {'embedding': 64}
 ) -> dict: # the manifest. Raises ValueError if network, float16, a part or the disk cannot take the weights
     "Publish weights in float16: parts, then the manifest; parts of an earlier version are removed after that."
-    from safetensors.torch import save as as_bytes
     if not re.fullmatch(r'\w[\w.+-]*(/\w[\w.+-]*)*', name):
         raise ValueError(f"weights are published under a name like 'cifar100/resnet50'; got {name!r}")
     tensors = _half(bare(net.state_dict()))
     if wrong := misfit(tensors, create(network, classes, channels, **(options or {}))):
         raise ValueError(f"the weights do not fit {_is(network, classes, channels)} ({wrong}): "
                          "name the network that they were trained in")
-    path, parts, k = Path(folder) / f'{name}.json', [], 0
-    part = lambda k: path.with_name(f'{path.name[:-5]}-{k}.safetensors')
-    for content in map(as_bytes, _groups(tensors, part_size)):
-        while part(k).exists() and part(k).read_bytes() != content:
-            k += 1
-        if not part(k).exists():
-            write_atomically(part(k), content, 'folder=')
-        parts.append({'name': part(k).name, 'bytes': len(content), 'sha256': hashlib.sha256(content).hexdigest()})
-        k += 1
+    path = Path(folder) / f'{name}.json'
+    parts = _written(path, tensors, part_size)
     made = {'name': name, 'network': network, 'classes': classes, 'channels': channels, 'dtype': 'float16',
             'bytes': sum(p['bytes'] for p in parts), 'parts': parts, 'about': about or {}}
     if options:

@@ -29,7 +29,7 @@ def weights_hash(
         total.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()[:12]
 
-# %% ../../nbs/lab/01_weights.ipynb #11b7b611
+# %% ../../nbs/lab/01_weights.ipynb #fa3fc7ea
 _NOT_WEIGHTS = { # first bytes -> what it is, and what to do
     b'version https://git-lfs': 'a git-lfs pointer: run `git lfs pull` in the clone it is from',
     b'<': 'a web page, as of a download that was refused: get it again',
@@ -52,6 +52,7 @@ def _harmless():
     names = [(scalar, f'numpy.{core}.multiarray.scalar') for core in ('core', '_core')]
     return [Namespace, np.dtype, *names, *(type(np.dtype(c)) for c in 'fdilqb')]
 
+# %% ../../nbs/lab/01_weights.ipynb #11b7b611
 def _content(path):
     "What is in a file of torch.save or safetensors; nothing in it is executed."
     try:

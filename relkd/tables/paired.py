@@ -81,7 +81,7 @@ def _over_episodes(mine, theirs, test):
     return {'difference': mean, 'over_seeds': interval_over_seeds(d.mean(1)), 'deviation': deviation, 'correlation': correlation,
             'over_episodes': 1.96 * deviation / d.shape[1]**.5, 'needed': episodes_needed(mean, deviation)}
 
-# %% ../../nbs/lab/33_paired.ipynb #2892ae46
+# %% ../../nbs/lab/33_paired.ipynb #c87f5fd6
 def _quoted(recipe, row, test):
     "(number, half of its interval) of a paper."
     value = recipe.quoted.get((row, test), recipe.quoted.get(row) if test == 'top-1' else None)
@@ -104,6 +104,7 @@ def _line(records, recipe, row, base, test):
             'needed': c.get('needed', math.nan), 'best': np.mean(best), 'validation': np.mean(looked),
             'paper': paper, 'paper_over_episodes': paper_half}
 
+# %% ../../nbs/lab/33_paired.ipynb #2892ae46
 def table(
     records:list,
     recipe:Recipe,   # its rows in their order, its base row, its quoted numbers

@@ -48,7 +48,7 @@ def _weights_of(experiment, of, task, protocol, record):
     net.load_state_dict(saved['model'])
     return net
 
-# %% ../../nbs/lab/34_publish.ipynb #efb02062
+# %% ../../nbs/lab/34_publish.ipynb #ba7af7c1
 def _tested(net, task, data):
     "The headline's accuracy in float32, also of a GPU's convolutions."
     with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):
@@ -67,6 +67,18 @@ def _about(experiment, task, net, record, chosen):
             'input': {'shape': list(e.data.images.shape[1:]), 'scale': '(bytes / 255 - mean) / std', 'mean': mean, 'std': std},
             'class_names': list(e.data.classes)}
 
+# %% ../../nbs/lab/34_publish.ipynb #9a03727e
+def _best(students):
+    "The first cell of the row with the largest mean, and the choice in words."
+    means = {}
+    for _, record in students:
+        means.setdefault((record['row'], str(record['variant'])), []).append(record['last'])
+    means = {k: sum(v) / len(v) for k, v in means.items()}
+    best = max(means, key=means.get)
+    student = next(c for c in students if (c[1]['row'], str(c[1]['variant'])) == best)
+    return student, f"largest mean accuracy ({means[best]:.2f} %) of {', '.join(dict.fromkeys(k[0] for k in means))}"
+
+# %% ../../nbs/lab/34_publish.ipynb #efb02062
 def publish(
     recipe:Recipe,        # finished
     folder='weights',     # DATA/NETWORK.json and its parts are written into it
@@ -82,17 +94,11 @@ def publish(
     names = called(recipe.teacher), called(recipe.student)
     if names[0] == names[1]:
         names = f'{names[0]}-teacher', f'{names[1]}-student'
-    cells = _finished(e)
-    means = {}
-    for protocol, record in cells[1:]:
-        means.setdefault((record['row'], str(record['variant'])), []).append(record['last'])
-    means = {k: sum(v) / len(v) for k, v in means.items()}
-    best = max(means, key=means.get)
-    student = next(c for c in cells[1:] if (c[1]['row'], str(c[1]['variant'])) == best)
-    rows = ', '.join(dict.fromkeys(k[0] for k in means))
-    chosen = {'chosen': f"largest mean accuracy ({means[best]:.2f} %) of {rows} over seeds {', '.join(map(str, recipe.seeds))}"}
+    of_teacher, *students = _finished(e)
+    student, why = _best(students)
+    chosen = {'chosen': f"{why} over seeds {', '.join(map(str, recipe.seeds))}"}
     made = []
-    for (protocol, record), name, of, more in (cells[0], names[0], recipe.teacher, {}), (student, names[1], recipe.student, chosen):
+    for (protocol, record), name, of, more in (of_teacher, names[0], recipe.teacher, {}), (student, names[1], recipe.student, chosen):
         task = next((t for t in recipe.tasks if recipe.variant(t) == record['variant']), recipe.task)
         task = task.for_teacher() if record['row'] == 'Teacher' else task
         net = _weights_of(e, of, task, protocol, record)

@@ -114,6 +114,23 @@ def interval(
     a = np.asarray(a, dtype=float)
     return float(a.mean()), float(1.96 * a.std(ddof=1) / len(a)**.5) if len(a) > 1 else float('nan')
 
+# %% ../../nbs/tasks/02_fewshot.ipynb #21c1dfaf
+def _check_classes(task, data):
+    "Raise ValueError if an episode of training, validation or test cannot be drawn from the data."
+    if not data.by_class:
+        raise ValueError(f"data set {data.name!r} has train and test images of the same classes; few-shot learning "
+                         "needs classes split into train, val and test: Dataset.with_splits makes such a set")
+    kinds = ('train', (task.way,), task.query), ('val', task.ways[:1], task.test_query), ('test', task.ways, task.test_query)
+    for split, ways, query in kinds:
+        table = by_class(data.split(split)[1])
+        for way in ways:
+            check_episodes(table, way, task.shot, query, f'the {split} classes of {data.name}', data.classes)
+
+def _summary(trial, right):
+    mean, half = interval(100 * right.double().numpy() / (trial.way * trial.query))
+    return {'accuracy': round(mean, 4), 'interval': round(half, 4), 'queries': trial.way * trial.query,
+            'episodes': trial.episodes, 'hits': ' '.join(map(str, right.tolist()))}
+
 # %% ../../nbs/tasks/02_fewshot.ipynb #f90732a5
 @dataclass(frozen=True)
 class FewShot(Task):
@@ -145,14 +162,7 @@ class FewShot(Task):
 
     def check(self, data):
         "Raise ValueError now, not after the training, if an episode cannot be drawn from the data."
-        if not data.by_class:
-            raise ValueError(f"data set {data.name!r} has train and test images of the same classes; few-shot learning "
-                             "needs classes split into train, val and test: Dataset.with_splits makes such a set")
-        kinds = ('train', (self.way,), self.query), ('val', self.ways[:1], self.test_query), ('test', self.ways, self.test_query)
-        for split, ways, query in kinds:
-            table = by_class(data.split(split)[1])
-            for way in ways:
-                check_episodes(table, way, self.shot, query, f'the {split} classes of {data.name}', data.classes)
+        _check_classes(self, data)
 
     def stream(self, data, schedule, seed:int, teacher:bool=False, draw:int=0): # of relkd.data.Episodes
         "Episodes of the training classes, the same kind for teacher and students."
@@ -172,8 +182,3 @@ class FewShot(Task):
         "Each way's test episodes: mean, interval over episodes, and the right answers of every episode."
         found = run_trials(model, data, 'test', self.trials)
         return {t.name: _summary(t, right) for t, right in zip(self.trials, found)}
-
-def _summary(trial, right):
-    mean, half = interval(100 * right.double().numpy() / (trial.way * trial.query))
-    return {'accuracy': round(mean, 4), 'interval': round(half, 4), 'queries': trial.way * trial.query,
-            'episodes': trial.episodes, 'hits': ' '.join(map(str, right.tolist()))}

@@ -7,6 +7,7 @@ __all__ = ['Learner']
 
 # %% ../../nbs/lab/13_learner.ipynb #ff69edd4
 import math
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -18,9 +19,21 @@ from ..tasks.task import Task
 from .processes import average_gradients, gathered
 from .schedule import Schedule
 
-# %% ../../nbs/lab/13_learner.ipynb #bc821e11
-class Learner:
-    "A network in training with its objective, optimiser and schedule. Equal seeds give equal results, alone or beside others."
+# %% ../../nbs/lab/13_learner.ipynb #d2ac8b59
+@contextmanager
+def _evaluated(model):
+    "In evaluation mode for a while; each layer goes back to its own mode."
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+# %% ../../nbs/lab/13_learner.ipynb #b40af817
+class _Parts:
+    "A network with its method, seed and optimiser."
     def __init__(self,
         model:nn.Module,    # on the device that trains
         row:Row,            # its method
@@ -40,15 +53,9 @@ class Learner:
         labels=None,     # (n,) of all training samples
     ):
         "Make the losses with their trainable parts, and the optimiser of the first stage."
-        modes = [(m, m.training) for m in self.model.modules()]
-        self.model.eval()
-        try:
-            with torch.random.fork_rng(devices=[]), torch.no_grad():
-                torch.manual_seed(self.seed)
-                self.objective.build(self.read(x), teacher.features, labels).to(x.device)
-        finally:
-            for module, training in modes:
-                module.training = training
+        with _evaluated(self.model), torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(self.seed)
+            self.objective.build(self.read(x), teacher.features, labels).to(x.device)
         self._new_optimiser()
 
     def split(self, rank:int, processes:int):
@@ -60,6 +67,9 @@ class Learner:
         parameters = [p for p in (*self.model.parameters(), *self.objective.parameters()) if p.requires_grad]
         self.optimiser = self.schedule.make(parameters)
 
+# %% ../../nbs/lab/13_learner.ipynb #dd9d2be7
+class _Staged(_Parts):
+    "The stage that a learner is in, and everything that the next step depends on."
     def takes_part(self,
         stage:int, # None for the main stage
         epoch:int, # of that stage
@@ -75,6 +85,25 @@ class Learner:
         self._losses = []
         self._new_optimiser()
 
+    def state(self) -> dict:
+        "Everything that the next step depends on."
+        losses = torch.stack(self._losses).tolist() if self._losses else []
+        return {'model': self.model.state_dict(), 'objective': self.objective.state_dict(), 'epochs': self.epochs,
+                'optimiser': self.optimiser.state_dict(), 'stage': self.stage, 'losses': losses}
+
+    def load(self, state:dict):
+        "Go on from what `state` returned."
+        device = next(self.model.parameters()).device
+        self.model.load_state_dict(state['model'])
+        self.objective.load_state_dict(state['objective'])
+        self.stage, self.epochs = state['stage'], list(state['epochs'])
+        self._new_optimiser()
+        self.optimiser.load_state_dict(state['optimiser'])
+        self._losses = [torch.tensor(l, device=device) for l in state['losses']]
+
+# %% ../../nbs/lab/13_learner.ipynb #bc821e11
+class Learner(_Staged):
+    "A network in training with its objective, optimiser and schedule. Equal seeds give equal results, alone or beside others."
     def step(self,
         fabric,
         time:float,        # in epochs: decides the rate in the main stage
@@ -109,19 +138,3 @@ class Learner:
         loss = (loss if fabric.world_size == 1 else fabric.all_reduce(loss, reduce_op='mean')).item()
         figures = {'epoch': len(self.epochs) + 1, 'loss': loss if math.isfinite(loss) else None}
         self.epochs.append(figures | (self.task.watch(self.model, data) if watch else {}))
-
-    def state(self) -> dict:
-        "Everything that the next step depends on."
-        losses = torch.stack(self._losses).tolist() if self._losses else []
-        return {'model': self.model.state_dict(), 'objective': self.objective.state_dict(), 'epochs': self.epochs,
-                'optimiser': self.optimiser.state_dict(), 'stage': self.stage, 'losses': losses}
-
-    def load(self, state:dict):
-        "Go on from what `state` returned."
-        device = next(self.model.parameters()).device
-        self.model.load_state_dict(state['model'])
-        self.objective.load_state_dict(state['objective'])
-        self.stage, self.epochs = state['stage'], list(state['epochs'])
-        self._new_optimiser()
-        self.optimiser.load_state_dict(state['optimiser'])
-        self._losses = [torch.tensor(l, device=device) for l in state['losses']]

@@ -37,30 +37,16 @@ def moments(
         course += [Moment(stage, e, stage_stream(stage, e)) for e in range(longest)]
     return course + [Moment(None, e, e) for e in range(epochs)]
 
-# %% ../../nbs/lab/14_fit.ipynb #ea5c7764
-class Together:
-    "Learners side by side with their teacher, built and ready to step. Raises ValueError without a teacher that a row needs."
-    def __init__(self,
-        learners:list,          # of Learner
-        stream,                 # a relkd.data.Stream
-        teacher:nn.Module=None, # in common; needed if a row has terms
-        fabric=None,
-    ):
+# %% ../../nbs/lab/14_fit.ipynb #c030e3ce
+class _Looking:
+    "A teacher that looks once at each batch, at every layer that a learner asks for."
+    def __init__(self, learners, teacher, fabric):
         needy = [l for l in learners if l.objective.teacher_layers]
         if needy and teacher is None:
             raise ValueError(f"row {needy[0].row.name!r} compares with a teacher; pass teacher=")
-        if stream.batch_size % fabric.world_size:
-            raise ValueError(f"{fabric.world_size} processes cannot share a batch of {stream.batch_size} evenly: "
-                             "choose a multiple")
-        self.learners, self.stream, self.fabric, self.task = learners, stream, fabric, learners[0].task.for_teacher()
+        self.learners, self.fabric, self.task = learners, fabric, learners[0].task.for_teacher()
         layers = [n for l in needy for n in l.objective.teacher_layers]
         self._read = Features(teacher.eval().requires_grad_(False), layers) if needy else None
-        example = next(stream.epoch(0))[1][:2]                   # for the shapes
-        features = self._features(example)
-        for l in learners:
-            l.build(example, Look(features), stream.labels)
-            l.split(fabric.global_rank, fabric.world_size)
-            l.model.train()
 
     def _features(self, x):
         if self._read is None:
@@ -73,6 +59,26 @@ class Together:
     ) -> Look: # at the whole batch
         "The teacher's look at a batch."
         return Look(gathered(self.fabric, self._features(x)), self.task)
+
+# %% ../../nbs/lab/14_fit.ipynb #ea5c7764
+class Together(_Looking):
+    "Learners side by side with their teacher, built and ready to step. Raises ValueError without a teacher that a row needs."
+    def __init__(self,
+        learners:list,          # of Learner
+        stream,                 # a relkd.data.Stream
+        teacher:nn.Module=None, # in common; needed if a row has terms
+        fabric=None,
+    ):
+        super().__init__(learners, teacher, fabric)
+        if stream.batch_size % fabric.world_size:
+            raise ValueError(f"{fabric.world_size} processes cannot share a batch of {stream.batch_size} evenly: "
+                             "choose a multiple")
+        self.stream, example = stream, next(stream.epoch(0))[1][:2]      # two images, for the shapes
+        features = self._features(example)
+        for l in learners:
+            l.build(example, Look(features), stream.labels)
+            l.split(fabric.global_rank, fabric.world_size)
+            l.model.train()
 
     def step(self,
         moment:Moment,
@@ -100,16 +106,55 @@ class Together:
             elif l.stage == moment.stage and moment.epoch + 1 >= l.row.before[moment.stage].epochs:
                 l.end_stage()
 
-# %% ../../nbs/lab/14_fit.ipynb #ac43da6f
-def _resumed(saver, learners, names):
-    "What the checkpoint says, the learners loaded; None if there is none, or if one of the learners is not in it."
-    state = saver.load() if saver else None
-    if state is None or not set(names) <= set(state['learners']):
-        return None
-    for name, l in zip(names, learners):
-        l.load(state['learners'][name])
-    return state
+# %% ../../nbs/lab/14_fit.ipynb #177adf7c
+class _Walk:
+    "Where a run stands in its course; loaded from the checkpoint if there is one that holds all its learners."
+    def __init__(self, learners, names, session, fabric, saver):
+        self.learners, self.names, self.session, self.fabric, self.saver = learners, names, session, fabric, saver
+        self.at, self.done, self.seconds, self.start = 0, 0, 0., time.perf_counter()
+        self.longest = 0.                                        # seconds that a test took
+        state = saver.load() if saver else None
+        if state is not None and set(names) <= set(state['learners']):
+            for name, l in zip(names, learners):
+                l.load(state['learners'][name])
+            self.at, self.done, self.seconds = state['moment'], state['step'], state['seconds']
 
+    def took(self):
+        return self.seconds + time.perf_counter() - self.start
+
+    def due(self):
+        return self.saver is not None and self.saver.due()
+
+    def save(self):
+        if self.saver and self.fabric.is_global_zero:
+            self.saver.save({'moment': self.at, 'step': self.done, 'seconds': self.took(),
+                             'learners': {n: l.state() for n, l in zip(self.names, self.learners)}})
+
+    def pause(self, stop, due):
+        "Save if it is time to, or to stop."
+        if stop or due:
+            self.save()
+        if stop:
+            raise Stopped((self.session.stop and self.session.stop.why) or 'another process')
+
+# %% ../../nbs/lab/14_fit.ipynb #7a9bb13b
+def _steps(walk, side_by_side, moment):
+    resumed, saver = walk.done, walk.saver
+    for b, batch in enumerate(side_by_side.stream.epoch(moment.stream)):
+        if b < resumed:                                          # drawn again, not trained again
+            continue
+        side_by_side.step(moment, b, batch)
+        walk.done = b + 1
+        if walk.fabric.world_size == 1:
+            walk.pause(walk.session.stopping(2 * (saver.took if saver else 0) + walk.longest), walk.due())
+
+def _end(walk, side_by_side, moment, data, watch):
+    testing = time.perf_counter()
+    side_by_side.end(moment, data, watch)
+    walk.longest = max(walk.longest, time.perf_counter() - testing)
+    walk.at, walk.done = walk.at + 1, 0
+
+# %% ../../nbs/lab/14_fit.ipynb #ac43da6f
 def fit(
     learners:list,          # of Learner
     stream,                 # a relkd.data.Stream
@@ -128,46 +173,19 @@ def fit(
     names = [str(k) for k in range(len(learners))] if names is None else names
     fabric = session.fabric()
     side_by_side, course = Together(learners, stream, teacher, fabric), moments(learners, epochs)
-    at, done, seconds, start, longest = 0, 0, 0., time.perf_counter(), 0.
-    if state := _resumed(saver, learners, names):
-        at, done, seconds = state['moment'], state['step'], state['seconds']
-    begun = at
-
-    def save():
-        if saver and fabric.is_global_zero:
-            saver.save({'moment': at, 'step': done, 'seconds': seconds + time.perf_counter() - start,
-                        'learners': {n: l.state() for n, l in zip(names, learners)}})
-
-    def pause(stop, due):
-        if stop or due:
-            save()
-        if stop:
-            bar.close()
-            raise Stopped((session.stop and session.stop.why) or 'another process')
-
-    hidden = not session.progress or not fabric.is_global_zero
-    bar = tqdm(total=len(course), initial=at, desc=label, unit='epoch', disable=hidden, file=Stdout(), ascii=' #', ncols=96,
-               mininterval=.5)
-    while at < len(course):
-        moment, resumed = course[at], done
-        for b, batch in enumerate(stream.epoch(moment.stream)):
-            if b < resumed:                                      # drawn again, not trained again
-                continue
-            side_by_side.step(moment, b, batch)
-            done = b + 1
-            if fabric.world_size == 1:
-                pause(session.stopping(2 * (saver.took if saver else 0) + longest), saver is not None and saver.due())
-        watch = moment.stage is None and ((moment.epoch + 1) % eval_every == 0 or at + 1 == len(course))
-        testing = time.perf_counter()
-        side_by_side.end(moment, data, watch)
-        longest = max(longest, time.perf_counter() - testing)
-        at, done = at + 1, 0
-        if watch and (seen := [l.epochs[-1].get(l.task.watched) for l in learners]) and None not in seen:
-            bar.set_postfix_str(f'{learners[0].task.watched} {sum(seen) / len(seen):.1f} %', refresh=False)
-        bar.update()
-        if fabric.world_size > 1 and at < len(course):
-            pause(*asked_by_any(fabric, session.stopping(), fabric.is_global_zero and saver is not None and saver.due()))
-    bar.close()
-    if begun < len(course):
-        save()
-    return seconds + time.perf_counter() - start
+    walk = _Walk(learners, names, session, fabric, saver)
+    todo, hidden = course[walk.at:], not session.progress or not fabric.is_global_zero
+    with tqdm(total=len(course), initial=walk.at, desc=label, unit='epoch', disable=hidden, file=Stdout(), ascii=' #', ncols=96,
+              mininterval=.5) as bar:
+        for moment in todo:
+            _steps(walk, side_by_side, moment)
+            watch = moment.stage is None and ((moment.epoch + 1) % eval_every == 0 or walk.at + 1 == len(course))
+            _end(walk, side_by_side, moment, data, watch)
+            if watch and (seen := [l.epochs[-1].get(l.task.watched) for l in learners]) and None not in seen:
+                bar.set_postfix_str(f'{learners[0].task.watched} {sum(seen) / len(seen):.1f} %', refresh=False)
+            bar.update()
+            if fabric.world_size > 1 and walk.at < len(course):
+                walk.pause(*asked_by_any(fabric, session.stopping(), fabric.is_global_zero and walk.due()))
+    if todo:
+        walk.save()
+    return walk.took()

@@ -79,6 +79,7 @@ class WholeBatchNorm2d(nn.BatchNorm2d):
         self.running_mean.lerp_(mean.to(self.running_mean), rate)
         self.running_var.lerp_(var.to(self.running_var), rate)
 
+# %% ../../nbs/lab/11_processes.ipynb #720fb721
 def synchronised(
     net:nn.Module,
     fabric,

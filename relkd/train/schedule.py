@@ -11,9 +11,28 @@ from dataclasses import dataclass, replace
 
 import torch
 
-# %% ../../nbs/lab/10_schedule.ipynb #f0ab1ad3
+# %% ../../nbs/lab/10_schedule.ipynb #14b8a8d1
 OPTIMISERS = ('SGD', 'Adam', 'AdamW')
 
+def _optimiser(schedule, parameters):
+    "A fresh optimiser; fused on a GPU."
+    s, fused = schedule, parameters[0].is_cuda
+    if callable(s.optimiser):
+        return s.optimiser(parameters, s.lr)
+    if s.optimiser == 'SGD':
+        return torch.optim.SGD(parameters, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay, nesterov=s.nesterov, fused=fused)
+    return getattr(torch.optim, s.optimiser)(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=fused)
+
+def _in_words(schedule):
+    s = schedule
+    steps = f'times {s.gamma:g} at {", ".join(map(str, s.milestones)) or "no epoch"}'
+    course = f'warm-up {s.warmup:g}, cosine' if s.cosine else steps
+    name = s.optimiser if isinstance(s.optimiser, str) else s.optimiser.__name__
+    more = f'momentum {s.momentum:g}{" Nesterov" if s.nesterov else ""}, ' if name == 'SGD' else ''
+    batch = f', batch {s.batch_size}' if s.batch_size else ''
+    return f'{s.epochs} epochs{batch}, {name} {s.lr:g} ({more}decay {s.weight_decay:g}), {course}'
+
+# %% ../../nbs/lab/10_schedule.ipynb #f0ab1ad3
 @dataclass(frozen=True)
 class Schedule:
     "The optimiser and the course of its learning rate. Raises ValueError for an unknown optimiser, or fewer than 1 epoch."
@@ -50,14 +69,7 @@ class Schedule:
         parameters:list, # that are trained
     ) -> torch.optim.Optimizer:
         "A fresh optimiser; fused on a GPU."
-        fused = parameters[0].is_cuda
-        if callable(self.optimiser):
-            return self.optimiser(parameters, self.lr)
-        if self.optimiser == 'SGD':
-            return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay,
-                                   nesterov=self.nesterov, fused=fused)
-        kind = getattr(torch.optim, self.optimiser)
-        return kind(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=fused)
+        return _optimiser(self, parameters)
 
     def cut_to(self,
         epochs:int,
@@ -67,10 +79,4 @@ class Schedule:
         milestones = tuple(round(m * share) if type(m) is int else m * share for m in self.milestones)
         return replace(self, epochs=epochs, milestones=milestones, warmup=self.warmup * share)
 
-    def __str__(self):
-        steps = f'times {self.gamma:g} at {", ".join(map(str, self.milestones)) or "no epoch"}'
-        course = f'warm-up {self.warmup:g}, cosine' if self.cosine else steps
-        name = self.optimiser if isinstance(self.optimiser, str) else self.optimiser.__name__
-        more = f'momentum {self.momentum:g}{" Nesterov" if self.nesterov else ""}, ' if name == 'SGD' else ''
-        batch = f', batch {self.batch_size}' if self.batch_size else ''
-        return f'{self.epochs} epochs{batch}, {name} {self.lr:g} ({more}decay {self.weight_decay:g}), {course}'
+    def __str__(self): return _in_words(self)

@@ -52,7 +52,7 @@ def bf16_is_native() -> bool:
     tests = '_is_avx512_bf16_supported', '_is_amx_tile_supported'
     return any(getattr(torch.cpu, t)() for t in tests if hasattr(torch.cpu, t))
 
-# %% ../../nbs/lab/12_session.ipynb #b0fb06db
+# %% ../../nbs/lab/12_session.ipynb #f45fe076
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3      # of glibc's mallopt
 
 def keep_memory() -> bool: # was it possible?
@@ -60,8 +60,9 @@ def keep_memory() -> bool: # was it possible?
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if not hasattr(libc, 'mallopt'):
         return False
-    return all([libc.mallopt(M_MMAP_THRESHOLD, 2**25), libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1), libc.mallopt(M_TOP_PAD, 2**26)])
+    return all([libc.mallopt(M_MMAP_THRESHOLD, 2**30), libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1), libc.mallopt(M_TOP_PAD, 2**26)])
 
+# %% ../../nbs/lab/12_session.ipynb #b0fb06db
 def _leave():
     "Close the connections between processes before Python ends, which else may abort."
     if torch.distributed.is_initialized():
