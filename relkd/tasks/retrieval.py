@@ -114,10 +114,10 @@ def metric_loss(
     pick = _made('miners', miner, miner_options or {}) if miner else None
     return lambda z, labels: loss(z, labels, pick(z, labels) if pick else None)
 
-# %% ../../nbs/tasks/04_retrieval.ipynb #bdb1eb52
+# %% ../../nbs/tasks/04_retrieval.ipynb #6003685b
 @dataclass(frozen=True)
-class Retrieval(Task):
-    "An embedding learned from some classes and tested on others by Recall@K (Park et al. 2019, Sec. 4.1)."
+class _Protocol(Task):
+    "What a retrieval task can choose."
     size:int=128             # numbers of a student's embedding
     l2:bool=False            # is a student's embedding divided by its length?
     teacher_size:int=512
@@ -145,7 +145,7 @@ class Retrieval(Task):
     @property
     def loss_name(self) -> str: return self.metric
 
-    def for_teacher(self) -> 'Retrieval':
+    def for_teacher(self) -> '_Protocol':
         "Its own width, on the sphere or not as the teacher's fields say."
         return replace(self, size=self.teacher_size, l2=self.teacher_l2, length=self.teacher_length or self.length,
                        metric=self.teacher_metric or self.metric)
@@ -154,18 +154,44 @@ class Retrieval(Task):
         "The numbers of an embedding."
         return self.size
 
+    def own_loss(self): # a function (embeddings, labels) -> 0-dim tensor
+        "The task's loss, made from its name."
+        if self.metric == 'triplet':
+            return lambda z, labels: triplet_loss(z, labels, self.margin, self.images)
+        return metric_loss(self.metric, self.metric_options, self.miner, self.miner_options)
+
+# %% ../../nbs/tasks/04_retrieval.ipynb #7a467535
+def _check_numbers(task):
+    if min(task.size, task.teacher_size) < 1 or task.images < 2 or task.length < 1:
+        raise ValueError("retrieval needs embeddings of at least 1 number, at least 2 images of a class in a batch and 1 batch an epoch; "
+                         f"got size = {task.size}, teacher_size = {task.teacher_size}, images = {task.images}, length = {task.length}")
+    if not task.ks or min(task.ks) < 1:
+        raise ValueError(f"Recall@K needs K from 1; got ks = {task.ks}")
+
+def _check_classes(task, data):
+    if task.crop > min(data.images.shape[-2:]):
+        raise ValueError(f"a centre of {task.crop} x {task.crop} was asked for; images of {data.name} are "
+                         f"{' x '.join(map(str, data.images.shape[-2:]))}")
+    if not data.by_class:
+        raise ValueError(f"data set {data.name!r} has train and test images of the same classes; retrieval needs classes split into "
+                         "train and test: Dataset.with_splits makes such a set")
+    table = by_class(data.train_labels)
+    if int(table.counts.min()) < task.images:
+        few = int(table.counts.argmin())
+        raise ValueError(f"batches with {task.images} images a class need as many of every class; class "
+                         f"{data.classes[int(table.classes[few])]!r} of {data.name} has {int(table.counts[few])}")
+    if int(by_class(data.test_labels).counts.max()) < 2:
+        raise ValueError(f"no test class of {data.name} has two images: there is nothing to retrieve")
+
+# %% ../../nbs/tasks/04_retrieval.ipynb #bdb1eb52
+class Retrieval(_Protocol):
+    "An embedding learned from some classes and tested on others by Recall@K (Park et al. 2019, Sec. 4.1)."
     def check(self, data):
         "Raise ValueError now, not after the training, if this cannot be learned or tested on these data."
         _check_numbers(self)
         _check_classes(self, data)
         if self.metric != 'triplet':
             self.own_loss()
-
-    def own_loss(self): # a function (embeddings, labels) -> 0-dim tensor
-        "The task's loss, made from its name."
-        if self.metric == 'triplet':
-            return lambda z, labels: triplet_loss(z, labels, self.margin, self.images)
-        return metric_loss(self.metric, self.metric_options, self.miner, self.miner_options)
 
     def stream(self, data, schedule, seed:int, teacher:bool=False, draw:int=0): # of relkd.data.episodes.ClassBalanced
         "P classes with K images each, P from the schedule's batch size. Raises ValueError if K does not divide it."
@@ -198,26 +224,3 @@ class Retrieval(Task):
         lone = int((found < 0).sum())
         counts = {'queries': len(found) - lone, 'lone': lone}
         return {f'Recall@{k}': {'accuracy': round(r, 4), **counts} for k, r in recall(found, self.ks).items()}
-
-# %% ../../nbs/tasks/04_retrieval.ipynb #7a467535
-def _check_numbers(task):
-    if min(task.size, task.teacher_size) < 1 or task.images < 2 or task.length < 1:
-        raise ValueError("retrieval needs embeddings of at least 1 number, at least 2 images of a class in a batch and 1 batch an epoch; "
-                         f"got size = {task.size}, teacher_size = {task.teacher_size}, images = {task.images}, length = {task.length}")
-    if not task.ks or min(task.ks) < 1:
-        raise ValueError(f"Recall@K needs K from 1; got ks = {task.ks}")
-
-def _check_classes(task, data):
-    if task.crop > min(data.images.shape[-2:]):
-        raise ValueError(f"a centre of {task.crop} x {task.crop} was asked for; images of {data.name} are "
-                         f"{' x '.join(map(str, data.images.shape[-2:]))}")
-    if not data.by_class:
-        raise ValueError(f"data set {data.name!r} has train and test images of the same classes; retrieval needs classes split into "
-                         "train and test: Dataset.with_splits makes such a set")
-    table = by_class(data.train_labels)
-    if int(table.counts.min()) < task.images:
-        few = int(table.counts.argmin())
-        raise ValueError(f"batches with {task.images} images a class need as many of every class; class "
-                         f"{data.classes[int(table.classes[few])]!r} of {data.name} has {int(table.counts[few])}")
-    if int(by_class(data.test_labels).counts.max()) < 2:
-        raise ValueError(f"no test class of {data.name} has two images: there is nothing to retrieve")

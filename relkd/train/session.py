@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'DEVICES', 'M_TRIM_THRESHOLD', 'M_TOP_PAD', 'M_MMAP_THRESHOLD', 'chosen_device', 'chosen_precision',
-           'bf16_is_native', 'keep_memory', 'make_fabric', 'Stopped', 'Stop', 'Saver', 'Stdout', 'Session']
+           'bf16_is_native', 'make_fabric', 'keep_memory', 'Stopped', 'Stop', 'Saver', 'Stdout', 'Session']
 
 # %% ../../nbs/lab/12_session.ipynb #fac69c49
 import atexit
@@ -52,16 +52,6 @@ def bf16_is_native() -> bool:
     tests = '_is_avx512_bf16_supported', '_is_amx_tile_supported'
     return any(getattr(torch.cpu, t)() for t in tests if hasattr(torch.cpu, t))
 
-# %% ../../nbs/lab/12_session.ipynb #f45fe076
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3      # of glibc's mallopt
-
-def keep_memory() -> bool: # was it possible?
-    "Let a process keep the memory that its tensors leave, instead of giving it back and asking for it again in each layer."
-    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
-    if not hasattr(libc, 'mallopt'):
-        return False
-    return all([libc.mallopt(M_MMAP_THRESHOLD, 2**30), libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1), libc.mallopt(M_TOP_PAD, 2**26)])
-
 # %% ../../nbs/lab/12_session.ipynb #b0fb06db
 def _leave():
     "Close the connections between processes before Python ends, which else may abort."
@@ -91,6 +81,16 @@ def make_fabric(
     if world > 1:
         atexit.register(_leave)
     return fabric
+
+# %% ../../nbs/lab/12_session.ipynb #f45fe076
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3      # of glibc's mallopt
+
+def keep_memory() -> bool: # was it possible?
+    "Let a process keep the memory that its tensors leave, instead of giving it back and asking for it again in each layer."
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    if not hasattr(libc, 'mallopt'):
+        return False
+    return all([libc.mallopt(M_MMAP_THRESHOLD, 2**30), libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1), libc.mallopt(M_TOP_PAD, 2**26)])
 
 # %% ../../nbs/lab/12_session.ipynb #54d9a72e
 class Stopped(Exception):
