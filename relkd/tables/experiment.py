@@ -59,14 +59,26 @@ class Experiment:
         self._check_layers()
 
     def _check_layers(self):
-        "A layer that does not exist is said now, not after hours."
-        objectives = [Objective(r, self.recipe.task) for r in self.recipe.rows]
+        "A layer that does not exist, and images that a network cannot take, are said now, not after hours."
+        r, objectives = self.recipe, [Objective(row, self.recipe.task) for row in self.recipe.rows]
         students = [n for o in objectives for n in o.student_layers]
         teachers = [n for o in objectives for n in o.teacher_layers]
-        if students:
-            Features(self.network(self.recipe.student, self.recipe.tasks[0], 0), students)
-        if teachers:
-            Features(self.network(self.recipe.teacher, self.recipe.tasks[0].for_teacher(), 0), teachers)
+        pairs = [(r.student, r.tasks[0], students)] if r.rows else []
+        for of, task, layers in (*pairs, (r.teacher, r.tasks[0].for_teacher(), teachers)):
+            net = self.network(of, task, 0)
+            if layers:
+                Features(net, layers)
+            self._check_images(net, of if isinstance(of, str) else getattr(of, '__name__', str(of)))
+
+    def _check_images(self, net, name):
+        images = self.data.images[:1]
+        try:
+            with torch.no_grad():
+                net.eval()(self.data.normalise(images))
+        except RuntimeError as error:
+            size = ' x '.join(map(str, images.shape[1:]))
+            raise ValueError(f"network {name!r} cannot take images of {size} ({str(error).splitlines()[0]}): "
+                             "choose another network, or larger images") from error
 
     def network(self,
         of,         # name or function
