@@ -738,6 +738,15 @@ d = { 'settings': { 'branch': 'main',
                                         'relkd.tables.described.described': ('lab/described.html#described', 'relkd/tables/described.py')},
             'relkd.tables.experiment': { 'relkd.tables.experiment.Experiment': ( 'lab/experiment.html#experiment',
                                                                                  'relkd/tables/experiment.py'),
+<<<<<<< HEAD
+=======
+                                         'relkd.tables.experiment.Experiment.__init__': ( 'lab/experiment.html#experiment.__init__',
+                                                                                          'relkd/tables/experiment.py'),
+                                         'relkd.tables.experiment.Experiment._check_images': ( 'lab/experiment.html#experiment._check_images',
+                                                                                               'relkd/tables/experiment.py'),
+                                         'relkd.tables.experiment.Experiment._check_layers': ( 'lab/experiment.html#experiment._check_layers',
+                                                                                               'relkd/tables/experiment.py'),
+>>>>>>> faults
                                          'relkd.tables.experiment.Experiment.cells': ( 'lab/experiment.html#experiment.cells',
                                                                                        'relkd/tables/experiment.py'),
                                          'relkd.tables.experiment.Experiment.folder': ( 'lab/experiment.html#experiment.folder',

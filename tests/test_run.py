@@ -358,6 +358,8 @@ def test_a_checkpoint_does_not_say_where_records_are_written(tmp_path):
     ({"rows": (Row("wrong", (Term("RKD", 1., teacher="layer5"),)),)}, "unknown layer of Tiny 'layer5'"),
     ({"data": split_digits}, "data set 'digits' is split by classes, for few-shot learning or retrieval"),
     ({"task": replace(toy().task, labelled=100)}, "100 of each class were asked for"),
+    ({"student": "conv4"}, "network 'conv4' cannot take images of 1 x 8 x 8 ("),
+    ({"teacher": "conv4"}, "): choose another network, or larger images"),
     ({"task": FewShot()}, "data set 'few' has train and test images of the same classes; few-shot learning needs classes split into train, val and test: Dataset.with_splits"),
     ({"data": "digits", "task": FewShot()}, "data set 'digits' has train and test images of the same classes"),
     ({"data": split_digits, "task": FewShot(way=9)}, "9-way episodes need 9 classes; the train classes of digits have 6"),

@@ -77,8 +77,34 @@ class _Bound:
             for each in (task, task.for_teacher(), *(r.learns(task) for r in recipe.rows)):
                 each.check(data)
         self.data = data.to(self.fabric.device)
+<<<<<<< HEAD
         _check_layers(self)
         _check_streams(self)
+=======
+        self._check_layers()
+
+    def _check_layers(self):
+        "A layer that does not exist, and images that a network cannot take, are said now, not after hours."
+        r, objectives = self.recipe, [Objective(row, self.recipe.task) for row in self.recipe.rows]
+        students = [n for o in objectives for n in o.student_layers]
+        teachers = [n for o in objectives for n in o.teacher_layers]
+        pairs = [(r.student, r.tasks[0], students)] if r.rows else []
+        for of, task, layers in (*pairs, (r.teacher, r.tasks[0].for_teacher(), teachers)):
+            net = self.network(of, task, 0)
+            if layers:
+                Features(net, layers)
+            self._check_images(net, of if isinstance(of, str) else getattr(of, '__name__', str(of)))
+
+    def _check_images(self, net, name):
+        images = self.data.images[:1]
+        try:
+            with torch.no_grad():
+                net.eval()(self.data.normalise(images))
+        except RuntimeError as error:
+            size = ' x '.join(map(str, images.shape[1:]))
+            raise ValueError(f"network {name!r} cannot take images of {size} ({str(error).splitlines()[0]}): "
+                             "choose another network, or larger images") from error
+>>>>>>> faults
 
     def network(self,
         of,         # name or function
