@@ -84,7 +84,7 @@ FLOORS = [            # a room imports from floors below its own, or from its ow
     "ground catalogue cli_words",
     "relations",
     "losses",
-    "features heads",
+    "features heads embeddings",
     "data models checkpoints",
     "records tasks",
     "distill",
