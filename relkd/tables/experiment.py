@@ -20,7 +20,7 @@ from ..features import Features
 from ..ground import digest
 from ..models import create
 from ..records import cell_name, read_record, record_path
-from .described import described
+from .described import called, described
 from .recipe import Recipe
 from ..tasks.task import Task
 from ..train.processes import synchronised
@@ -41,16 +41,28 @@ def _of_file(path):
     path = Path(path)
     return {'file': path.name, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
 
+def _check_images(net, name, data):
+    "Images that a network cannot take are said now, not after hours."
+    images = data.images[:1]
+    try:
+        with torch.no_grad():
+            net.eval()(data.normalise(images))
+    except RuntimeError as error:
+        size = ' x '.join(map(str, images.shape[1:]))
+        raise ValueError(f"network {name!r} cannot take images of {size} ({str(error).splitlines()[0]}): "
+                         "choose another network, or larger images") from error
+
 def _check_layers(experiment):
-    "A layer that does not exist is said now, not after hours."
-    recipe = experiment.recipe
-    objectives = [Objective(r, r.learns(recipe.task)) for r in recipe.rows]
-    students = [n for o in objectives for n in o.student_layers]
-    teachers = [n for o in objectives for n in o.teacher_layers]
-    if students:
-        Features(experiment.network(recipe.student, recipe.tasks[0], 0), students)
-    if teachers:
-        Features(experiment.network(recipe.teacher, recipe.tasks[0].for_teacher(), 0), teachers)
+    "So is a layer that does not exist."
+    r = experiment.recipe
+    objectives = [Objective(row, row.learns(r.task)) for row in r.rows]
+    students, teachers = ([n for o in objectives for n in getattr(o, f'{of}_layers')] for of in ('student', 'teacher'))
+    pairs = [(r.student, r.tasks[0], students)] if r.rows else []
+    for of, task, layers in (*pairs, (r.teacher, r.tasks[0].for_teacher(), teachers)):
+        net = experiment.network(of, task, 0)
+        if layers:
+            Features(net, layers)
+        _check_images(net, called(of), experiment.data)
 
 # %% ../../nbs/lab/31_experiment.ipynb #16365604
 def _check_streams(experiment):
@@ -77,34 +89,8 @@ class _Bound:
             for each in (task, task.for_teacher(), *(r.learns(task) for r in recipe.rows)):
                 each.check(data)
         self.data = data.to(self.fabric.device)
-<<<<<<< HEAD
         _check_layers(self)
         _check_streams(self)
-=======
-        self._check_layers()
-
-    def _check_layers(self):
-        "A layer that does not exist, and images that a network cannot take, are said now, not after hours."
-        r, objectives = self.recipe, [Objective(row, self.recipe.task) for row in self.recipe.rows]
-        students = [n for o in objectives for n in o.student_layers]
-        teachers = [n for o in objectives for n in o.teacher_layers]
-        pairs = [(r.student, r.tasks[0], students)] if r.rows else []
-        for of, task, layers in (*pairs, (r.teacher, r.tasks[0].for_teacher(), teachers)):
-            net = self.network(of, task, 0)
-            if layers:
-                Features(net, layers)
-            self._check_images(net, of if isinstance(of, str) else getattr(of, '__name__', str(of)))
-
-    def _check_images(self, net, name):
-        images = self.data.images[:1]
-        try:
-            with torch.no_grad():
-                net.eval()(self.data.normalise(images))
-        except RuntimeError as error:
-            size = ' x '.join(map(str, images.shape[1:]))
-            raise ValueError(f"network {name!r} cannot take images of {size} ({str(error).splitlines()[0]}): "
-                             "choose another network, or larger images") from error
->>>>>>> faults
 
     def network(self,
         of,         # name or function
