@@ -183,10 +183,14 @@ def test_what_can_be_passed_to_the_engine_is_passed_by_somebody():
     for path, parts in modules():
         if parts[0] not in ENGINE:
             continue
-        for home in (n for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, (ast.Module, ast.ClassDef))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        heir = {b.id: c.name for c in tree.body if isinstance(c, ast.ClassDef) for b in c.bases if isinstance(b, ast.Name)}
+        for home in (n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef))):
             for f in (n for n in home.body if isinstance(n, ast.FunctionDef)):
                 given = [a.arg for a in f.args.args if a.arg != "self"]
                 called = home.name if f.name == "__init__" else f.name
+                while called.startswith("_") and called in heir:               # what a private base takes is passed to its heir
+                    called = heir[called]
                 for arg in given[len(given) - len(f.args.defaults):] if f.args.defaults else []:
                     if (called, arg) not in keywords and most.get(called, 0) <= given.index(arg):
                         idle.append(f"{'/'.join(parts)}: {called}({arg}=)")
