@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['ON_SPHERE', 'PHOTOGRAPHS', 'metric_cub', 'metric_cars', 'metric_sop', 'metric_cub_gen1', 'metric_cub_gen2',
            'FROM_SCRATCH', 'metric_cifar100', 'metric_cifar100_sizes', 'metric_cifar100_gen1', 'metric_cifar100_gen2',
-           'metric_omniglot', 'metric_omniglot_five', 'on_embedding', 'rkd_da', 'paper_rows', 'adam', 'self_distilled',
-           'five_drawings']
+           'metric_omniglot', 'metric_omniglot_five', 'weights_classification', 'weights_retrieval', 'on_embedding',
+           'rkd_da', 'paper_rows', 'adam', 'self_distilled', 'five_drawings', 'weight_rows', 'unseen_digits']
 
 # %% ../../nbs/tables/05_metric_learning.ipynb #44b636eb
 from dataclasses import replace
 
 import torch
 
-from ..data import Dataset, flip, load, pad_crop, random_crop
+from ..data import Dataset, flip, halves, load, pad_crop, random_crop
 from ..distill import Row, Term
 from ..models.imagenet import ImageNet
+from .digits import digits
 from ..tables.recipe import Recipe
 from ..tasks.retrieval import Retrieval
 from ..train.schedule import Schedule
@@ -227,4 +228,39 @@ metric_omniglot_five = replace(
     data=five_drawings,
     data_options={},
     cut=metric_omniglot.cut + '; 5 of 20 drawings of each training character',
+)
+
+# %% ../../nbs/tables/05_metric_learning.ipynb #ee578c13
+def weight_rows(
+    layer:str,   # that RKD reads: 'fc:input', or 'logits' for an embedding
+    **changes,   # of the rows
+) -> tuple: # of Row: the task's own loss alone, and with RKD-DA at four weights
+    "One row a weight, distance to angle 1 : 2."
+    def terms(d): return Term('RKDDistance', d, layer, layer), Term('RKDAngle', 2 * d, layer, layer)
+    return Row('alone', changes=changes), *(Row(f'RKD-DA {d:g}:{2 * d:g}', terms(d), changes=changes) for d in (.1, 1., 25., 250.))
+
+weights_classification = replace(
+    digits,
+    name='metric/weights-classification',
+    title='The weight of RKD-DA beside the cross-entropy, on digits',
+    rows=weight_rows('fc:input'),
+    precision='32',
+)
+
+# %% ../../nbs/tables/05_metric_learning.ipynb #51964c81
+def unseen_digits() -> Dataset: # digits 0 to 4 to learn from, 5 to 9 to be found
+    return halves(load('digits'))
+
+weights_retrieval = Recipe(
+    name='metric/weights-retrieval',
+    title='The weight of RKD-DA beside the triplet loss, on digits that no network has learned',
+    data=unseen_digits,
+    task=Retrieval(size=16, teacher_size=32, images=5, length=20, augment=((pad_crop, {'pad': 1}),)),
+    teacher='resnet14',
+    student='resnet8x0.5',
+    rows=weight_rows('logits', l2=True),
+    schedule=Schedule(epochs=10, batch_size=25, lr=2e-3, weight_decay=1e-5, milestones=(), cosine=True, optimiser='Adam'),
+    seeds=tuple(range(8)),
+    eval_every=10,
+    precision='32',
 )
