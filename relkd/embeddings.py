@@ -11,7 +11,7 @@ import warnings
 import numpy as np
 import torch
 
-# %% ../nbs/lab/37_embeddings.ipynb #1642ffe9
+# %% ../nbs/lab/37_embeddings.ipynb #c33e7c27
 def _opened(source):
     "The rows of an array, still on disk if it is a file."
     if isinstance(source, (str, bytes)) or hasattr(source, '__fspath__'):
@@ -27,8 +27,32 @@ def _opened(source):
                          f"got {tuple(source.shape)}, {source.dtype}")
     return source.detach() if isinstance(source, torch.Tensor) else source
 
+# %% ../nbs/lab/37_embeddings.ipynb #17c6ad2c
 def _more(rows): return f" ({len(rows)} such rows)" if len(rows) > 1 else ''
 
+def _check(teacher):
+    "Raise ValueError for rows that cannot teach; warn of rows that repeat an earlier one."
+    bad, zero, repeated, first = [], [], [], {}
+    for start in range(0, len(teacher), 4096):
+        part = teacher[start:start + 4096]
+        finite = part.isfinite().all(1)
+        bad += (start + (~finite).nonzero()[:, 0]).tolist()
+        zero += (start + (part == 0).all(1).nonzero()[:, 0]).tolist()
+        for i, row in enumerate(part.cpu().numpy(), start):
+            if (j := first.setdefault(hash(row.tobytes()), i)) != i: repeated.append((i, j))
+    if bad:
+        raise ValueError(f"teacher row {bad[0]} holds NaN or infinity{_more(bad)}: "
+                         "embed the sample again, or leave it out of array and data")
+    if zero:
+        raise ValueError(f"teacher row {zero[0]} is all zeros{_more(zero)}, as of a sample that was never embedded: "
+                         "embed it, or leave it out of array and data")
+    if len(first) == 1:
+        raise ValueError(f"all {len(teacher)} teacher rows are equal: they have no relations to teach")
+    if repeated:
+        warnings.warn(f"teacher row {repeated[0][0]} repeats row {repeated[0][1]}{_more(repeated)}: "
+                      "the student is asked to put equal rows on one point", stacklevel=4)
+
+# %% ../nbs/lab/37_embeddings.ipynb #1642ffe9
 class Embeddings:
     """A teacher as an array, one row a sample; what is on disk stays there.
     Raises ValueError for rows that cannot teach; warns of rows that repeat an earlier one."""
@@ -40,7 +64,7 @@ class Embeddings:
         if samples is not None and samples != len(self):
             raise ValueError(f"the teacher has {len(self)} rows and the data {samples} samples: "
                              "row i must be the embedding of sample i")
-        self._check()
+        _check(self)
 
     def __len__(self): return self.rows.shape[0]
 
@@ -58,26 +82,6 @@ class Embeddings:
             e = torch.from_numpy(np.array(self.rows[index]).astype(self.rows.dtype.newbyteorder('='), copy=False))
         return e.float() if e.dtype.itemsize < 4 else e
 
-    def _check(self):
-        bad, zero, repeated, first = [], [], [], {}
-        for start in range(0, len(self), 4096):
-            part = self[start:start + 4096]
-            finite = part.isfinite().all(1)
-            bad += (start + (~finite).nonzero()[:, 0]).tolist()
-            zero += (start + (part == 0).all(1).nonzero()[:, 0]).tolist()
-            for i, row in enumerate(part.cpu().numpy(), start):
-                if (j := first.setdefault(hash(row.tobytes()), i)) != i: repeated.append((i, j))
-        if bad:
-            raise ValueError(f"teacher row {bad[0]} holds NaN or infinity{_more(bad)}: "
-                             "embed the sample again, or leave it out of array and data")
-        if zero:
-            raise ValueError(f"teacher row {zero[0]} is all zeros{_more(zero)}, as of a sample that was never embedded: "
-                             "embed it, or leave it out of array and data")
-        if len(first) == 1:
-            raise ValueError(f"all {len(self)} teacher rows are equal: they have no relations to teach")
-        if repeated:
-            warnings.warn(f"teacher row {repeated[0][0]} repeats row {repeated[0][1]}{_more(repeated)}: "
-                          "the student is asked to put equal rows on one point", stacklevel=3)
 
 # %% ../nbs/lab/37_embeddings.ipynb #8f86fa19
 def _random_states(devices, states=None):
