@@ -34,7 +34,7 @@ class _Fields:
     vary:dict=field(default_factory=dict)         # field of the task -> its values: {'shot': (1, 5)}
     teacher:object              # name of a network, or a function (outputs, channels) -> nn.Module
     student:object              # likewise
-    teacher_weights:object=None # file of a trained teacher, or (recipe, row) whose network it is: tested, not trained
+    teacher_weights:object=None # file of a trained teacher or a TeacherFile, or (recipe, row) whose network it is: tested, not trained
     rows:tuple                  # of Row
     schedule:Schedule           # of the students
     teacher_schedule:Schedule=None # of the teacher; by default the students'
@@ -182,7 +182,7 @@ class Recipe(_Places):
             check_name(self.data, root)
         if isinstance(self.teacher_weights, tuple):
             recipe(self.teacher_weights[0])
-        elif self.teacher_weights and not Path(self.teacher_weights).exists():
+        elif self.teacher_weights and not Path(self.teacher_weights).expanduser().exists():
             raise ValueError(f"no file {self.teacher_weights} of the teacher's weights: name the file, or let the teacher be trained")
 
     def __str__(self): return '\n'.join(f'{k:22} {v}' for k, v in _lines(self))
