@@ -83,6 +83,7 @@ class _Bound:
         recipe.check(session.root)
         self.fabric = session.fabric(self.precision)
         self.weights = _of_file(recipe.teacher_weights) if recipe.teacher_weights else None
+        self.starts = {which: _of_file(weights) for which, weights in recipe.starts.items()}
         own = callable(recipe.data)
         data = recipe.data() if own else load(recipe.data, session.root, **recipe.data_options)
         for task in recipe.tasks:
@@ -136,6 +137,8 @@ class Experiment(_Bound):
                 'task': described(row.learns(task)), 'data': {'fingerprint': self.data.fingerprint, **r.data_options},
                 'network': described(r.teacher if teacher else r.student), 'eval_every': r.eval_every, 'cut': r.cut,
                 'schedule': described(r.of_teacher if teacher else r.schedule), 'precision': self.precision}
+        if start := self.starts.get('teacher' if teacher else 'student'):
+            mine['start'] = start
         if teacher:
             return mine | ({'weights': self.weights} if self.weights else {})
         return mine | {'teacher': digest(self.teacher_protocol(task, stream))}

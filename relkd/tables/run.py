@@ -13,7 +13,8 @@ from torch import nn
 from ..checkpoints import drop_checkpoint, hold, load_checkpoint, save_checkpoint
 from ..distill import Row
 from ..ground import check_writable, digest, teacher_seed
-from ..models import create, weights_hash
+from ..models import create, read_weights, weights_hash
+from ..models.weights import start_from
 from ..records import environment, make_record, write_record
 from .experiment import Experiment, cell, clear_orphans, of_earlier_version, refuse_others
 import relkd.tables.recipe as recipes
@@ -62,6 +63,21 @@ def _train(experiment, learners, protocols, asked, schedule, stream, label, teac
     if e.fabric.is_global_zero:
         drop_checkpoint(saver.path)
 
+# %% ../../nbs/lab/32_run.ipynb #3c40da89
+def _begin(experiment, which, nets):
+    "Fill networks with the weights that a recipe lets its teacher or its students start from, if it does."
+    r, s = experiment.recipe, experiment.session
+    given = r.starts.get(which)
+    if not given or not nets:
+        return
+    if isinstance(given, tuple):
+        other = recipes.recipe(given[0])
+        tensors = trained(other, given[1], other.seeds[0], Session(out=s.out, device=s.device, root=s.root)).state_dict()
+    else:
+        tensors = read_weights(given)
+    for net in nets:
+        start_from(net, tensors)
+
 # %% ../../nbs/lab/32_run.ipynb #ec02821a
 def _given(experiment, group, task, net):
     "A teacher that is not trained here: from a file, or the row of another recipe with the same seed. Gives its tests."
@@ -90,6 +106,7 @@ def _teacher(experiment, group):
         tests = _given(e, group, task, net)
         _finish(e, task, protocol, net, [], None, tests, seconds=0., trained_beside=0, images_per_second=0.)
     else:
+        _begin(e, 'teacher', [net])
         learner = Learner(net, Row('Teacher'), r.of_teacher, group.stream, task)
         stream = task.stream(e.data, r.of_teacher, teacher_seed(group.stream), teacher=True, draw=group.stream)
         _train(e, [learner], [protocol], [protocol], r.of_teacher, stream, f'{group.label}teacher')
@@ -104,7 +121,9 @@ def _students(experiment, group, teacher):
     if not missing:
         return
     tasks = {row.name: row.learns(group.task) for row in r.rows}
-    learners = [Learner(e.network(r.student, tasks[row.name], seed), row, r.schedule, seed, tasks[row.name]) for row, seed, _ in missing]
+    nets = [e.network(r.student, tasks[row.name], seed) for row, seed, _ in missing]
+    _begin(e, 'student', nets)
+    learners = [Learner(net, row, r.schedule, seed, tasks[row.name]) for net, (row, seed, _) in zip(nets, missing)]
     stream = group.task.stream(e.data, r.schedule, group.stream, teacher=False, draw=group.stream)
     label = f'{group.label}{len(learners)} student{"s" * (len(learners) > 1)}'
     _train(e, learners, [p for *_, p in missing], [p for *_, p in cells], r.schedule, stream, label, teacher)
