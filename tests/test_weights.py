@@ -429,7 +429,7 @@ def without(what, name):
     (lambda p, sd: put(p, sd | {"more": torch.zeros(1)}), "t.pth does not fit this ResNetCifar .more has no place"),
     (lambda p, sd: put(p, sd | {"fc.bias": torch.zeros(1000)}), r"t.pth does not fit this ResNetCifar .fc.bias is \(1000,\), not \(10,\)"),
     (lambda p, sd: put(p, sd | {"bn1.num_batches_tracked": torch.tensor(1.5)}), "bn1.num_batches_tracked is torch.float32, not torch.int64"),
-    (lambda p, sd: put(p, prefixed("student.", sd) | prefixed("teacher.", sd)), "conv1.weight is missing; the file begins with 'student.conv1.weight'"),
+    (lambda p, sd: put(p, prefixed("a.", sd) | prefixed("b.", sd)), "t.pth holds several networks that fit, behind 'a.' and 'b.': name prefix="),
 ])
 def test_a_file_that_is_no_teacher_changes_nothing(tmp_path, make, message):
     path, net = tmp_path / "t.pth", create(*SMALL)

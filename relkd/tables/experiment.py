@@ -38,8 +38,8 @@ def memory_format(
 def _of_file(path):
     if isinstance(path, tuple):                               # a row of another recipe
         return {'recipe': path[0], 'row': path[1]}
-    path = Path(path)
-    return {'file': path.name, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
+    file = Path(path).expanduser()
+    return {'file': file.name, 'sha256': hashlib.sha256(file.read_bytes()).hexdigest()[:12], **described(getattr(path, 'decides', {}))}
 
 def _check_images(net, name, data):
     "Images that a network cannot take are said now, not after hours."

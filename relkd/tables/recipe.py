@@ -34,7 +34,7 @@ class _Fields:
     vary:dict=field(default_factory=dict)         # field of the task -> its values: {'shot': (1, 5)}
     teacher:object              # name of a network, or a function (outputs, channels) -> nn.Module
     student:object              # likewise
-    teacher_weights:object=None # file of a trained teacher, or (recipe, row) whose network it is: tested, not trained
+    teacher_weights:object=None # file of a trained teacher or a TeacherFile, or (recipe, row) whose network it is: tested, not trained
     starts:dict=field(default_factory=dict)       # 'teacher', 'student' -> file, or (recipe, row), whose weights it begins with
     rows:tuple                  # of Row
     schedule:Schedule           # of the students
@@ -152,7 +152,7 @@ def _lines(recipe):
 def _check_weights(weights, whose, otherwise):
     if isinstance(weights, tuple):
         recipe(weights[0])
-    elif weights and not Path(weights).exists():
+    elif weights and not Path(weights).expanduser().exists():
         raise ValueError(f"no file {weights} of the {whose} weights: name the file, or {otherwise}")
 
 def _check_names(r, root):
