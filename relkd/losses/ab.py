@@ -65,9 +65,9 @@ def _layer_weights(name, weights, n):
         raise ValueError(f"{name} needs one layer weight a layer; got {len(weights)} for {n}")
     return weights
 
-# %% ../../nbs/losses/08_ab.ipynb #238a88d5
-class PreActivationLoss(DistillationLoss):
-    "A loss on maps before the ReLU, the student's behind connectors: what AB and OFD share."
+# %% ../../nbs/losses/08_ab.ipynb #ca25af39
+class _Connected(DistillationLoss):
+    "A connector and a weight for each layer."
     def __init__(self,
         in_channels,        # C_S or D_S, of the student's layer; a list for several layers, the deepest last
         out_channels,       # C_T or D_T, of the teacher's; a list of as many
@@ -82,6 +82,22 @@ class PreActivationLoss(DistillationLoss):
         self.connectors = nn.ModuleList(
             Connector(i, o) if connector or connector is None and i != o else nn.Identity() for i, o in self.channels)
 
+    def _pairs(self, student, teacher):
+        "Pairs of layers, as `as_map_pairs` gives them, of the channels that the connectors were made for."
+        name, pairs = type(self).__name__, as_map_pairs(student, teacher, type(self).__name__, embeddings=True)
+        if len(pairs) != len(self.channels):
+            raise ValueError(f"{name} was made for {len(self.channels)} layer(s); got {len(pairs)}")
+        for (made_s, made_t), (s, t) in zip(self.channels, pairs):
+            if (got := (s.shape[1], t.shape[1])) != (made_s, made_t):
+                raise ValueError(f"{name} was made for {made_s} student and {made_t} teacher channels; "
+                                 f"got {got[0]} and {got[1]}: {name}.from_features reads them from an example")
+        return pairs
+
+    def extra_repr(self): return f"scale={self.scale!r}, layer_weights={self.layer_weights}"
+
+# %% ../../nbs/losses/08_ab.ipynb #238a88d5
+class PreActivationLoss(_Connected):
+    "A loss on maps before the ReLU, the student's behind connectors: what AB and OFD share."
     @classmethod
     def from_features(cls,
         student,     # an example of the student's layers before the ReLU, (N, C_S, H, W) or (N, D_S), or a list
@@ -98,22 +114,13 @@ class PreActivationLoss(DistillationLoss):
         teacher, # (N, C_T, H', W') or (N, D_T), or a list, before the ReLU: receives none; N the same
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the weighted sum over layers, float32 at least. Raises ValueError on bad shapes
-        name, total = type(self).__name__, 0.
-        pairs = as_map_pairs(student, teacher, name, embeddings=True)
-        if len(pairs) != len(self.channels):
-            raise ValueError(f"{name} was made for {len(self.channels)} layer(s); got {len(pairs)}")
-        for k, (s, t) in enumerate(pairs):
-            if (got := (s.shape[1], t.shape[1])) != self.channels[k]:
-                (made_s, made_t), (got_s, got_t) = self.channels[k], got
-                raise ValueError(f"{name} was made for {made_s} student and {made_t} teacher channels; "
-                                 f"got {got_s} and {got_t}: {name}.from_features reads them from an example")
+        total = 0.
+        for k, (s, t) in enumerate(self._pairs(student, teacher)):
             with full_precision(s):
                 s = self.connectors[k](s)
                 scale = 1 / s.numel() if self.scale == 'mean' else self.scale / s.shape[0]
                 total = total + self.distance(s, t.to(s.dtype), k) * (self.layer_weights[k] * scale)
         return total
-
-    def extra_repr(self): return f"scale={self.scale!r}, layer_weights={self.layer_weights}"
 
 # %% ../../nbs/losses/08_ab.ipynb #2cc0d7b0
 class AB(PreActivationLoss):

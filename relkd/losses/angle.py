@@ -114,6 +114,31 @@ class _Buffers:
         both = loss, H.sum(0), H.sum(2), X.sum(2)
         return both if on_diagonal else (*both, H.sum(1), X.sum(1))
 
+# %% ../../nbs/losses/21_fast_angle.ipynb #cf0b8aeb
+def _tiling(n, a, itemsize):
+    "Slices of n points, and how many of a vertices are done at a time."
+    side = -(-n // max(1, round(n / 64)))
+    return [slice(i, min(i + side, n)) for i in range(0, n, side)], max(1, min(a, 2**21 // itemsize // side**2))
+
+# %% ../../nbs/losses/21_fast_angle.ipynb #5890597b
+def _near(both, roots, J):
+    "Near sides and inverse distances at the vertices J; of the teacher, their products and inverse distances: (b, N) each."
+    r, u = roots[:, J]
+    return both[0][J], r, both[1][J] * u, u
+
+def _add(tables, tile, I, K):
+    "Add a tile at (I, K) to the loss, M, and the rows of v and w that belong to its vertices."
+    loss, M, v, w = tables
+    l, m, vi, wi, *other = tile
+    M[I, K].add_(m)
+    v[:, I].add_(vi)
+    w[:, I].add_(wi)
+    loss.add_(l, alpha=1 if I is K else 2)
+    if other:
+        M[K, I].add_(m.t())
+        v[:, K].add_(other[0])
+        w[:, K].add_(other[1])
+
 # %% ../../nbs/losses/21_fast_angle.ipynb #b32cc34e
 def _cube(
     both,       # (2, N, N) squared distances of the student and of the teacher
@@ -123,40 +148,28 @@ def _cube(
 ): # sum of the Huber losses, float64; M (N, N), v (A, N), w (A, N) in `dtype`
     "All cosines at these vertices, compared and differentiated, a block at a time."
     n, a = both.shape[1], len(anchors)
-    parts = max(1, round(n / 64))
-    side = -(-n // parts)
-    block = max(1, min(a, 2**21 // dtype.itemsize // side**2))
+    cuts, block = _tiling(n, a, dtype.itemsize)
     both = both.to(dtype)
     q, z = both
     roots = _reciprocal(both).mul_(.5).sqrt_()    # 1 / distance, with the factor 1/2 of the law of cosines
-    one = _fused() if compiled else _Buffers(q, block * side * side)
+    one = _fused() if compiled else _Buffers(q, block * cuts[0].stop**2)
     def at(I, K, p, r, a, u):
         return one(p[:, I], p[:, K], r[:, I], r[:, K], q[I, K], a[:, I], a[:, K], u[:, I], u[:, K], z[I, K], I is K)
     def near(j):
         J = anchors[j:j + block]
         if isinstance(J, range): J = slice(J.start, J.stop, J.step)
-        r, u = roots[:, J]
-        rows = q[J], r, z[J] * u, u
+        rows = _near(both, roots, J)
         return [x.clone() for x in rows] if compiled else rows    # or torch.compile makes a program for each address
-    cuts = [slice(i, min(i + side, n)) for i in range(0, n, side)]
-    if block == a and parts == 1:
+    if block == a and len(cuts) == 1:
         loss, *tables = at(cuts[0], cuts[0], *near(0))
         return loss.double(), *tables
     M, v, w = torch.zeros_like(q), q.new_zeros(a, n), q.new_zeros(a, n)
     loss = torch.zeros((), dtype=torch.float64, device=q.device)
     for j in range(0, a, block):
-        rows, vj, wj = near(j), v[j:j + block], w[j:j + block]
+        rows, tables = near(j), (loss, M, v[j:j + block], w[j:j + block])
         for x, I in enumerate(cuts):
             for K in cuts[x:]:
-                l, m, vi, wi, *other = at(I, K, *rows)
-                M[I, K].add_(m)
-                vj[:, I].add_(vi)
-                wj[:, I].add_(wi)
-                loss.add_(l, alpha=1 if I is K else 2)
-                if other:
-                    M[K, I].add_(m.t())
-                    vj[:, K].add_(other[0])
-                    wj[:, K].add_(other[1])
+                _add(tables, at(I, K, *rows), I, K)
     return loss, M, v, w
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #6113dfc7
@@ -189,6 +202,17 @@ def _cubes(both, anchors, rough, compiled):
         v[part], w[part] = (x.double() for x in vw)
     return loss, M, v, w
 
+# %% ../../nbs/losses/21_fast_angle.ipynb #90a0575f
+def _to_points(S, e, factor, like):
+    "Gradient with respect to the points, factor * (S + S' less its row sums on the diagonal) @ e. Overwrites S."
+    S += S.t().clone()
+    gradient = torch.empty_like(like)
+    for i in range(0, len(S), 512):
+        rows = S[i:i + 512].double()
+        rows.diagonal(i).sub_(rows.sum(1))
+        gradient[i:i + 512] = rows.mul_(factor) @ e
+    return gradient
+
 # %% ../../nbs/losses/21_fast_angle.ipynb #d44d117c
 def loss_and_gradient(
     student:torch.Tensor, # (N, D_S), float32 or float64
@@ -220,15 +244,9 @@ def loss_and_gradient(
         rows = S[J].add_(v, alpha=2).sub_(w.mul_(_reciprocal(both[0, J].to(w.dtype))))
         if not isinstance(J, slice): S[J] = rows    # of a slice they are a view
         del M, v, w, both, rows
-        S += S.t().clone()
-        gradient = torch.empty_like(student)
         count = (n * (n - 1) * (n - 2) if distinct else n**3) / step    # each of `step` processes has its share
         if drawn < n: count *= drawn / n    # each drawn vertex stands for N / K
-        factor = -2 / (count * scale)
-        for i in range(0, n, 512):
-            rows = S[i:i + 512].double()
-            rows.diagonal(i).sub_(rows.sum(1))
-            gradient[i:i + 512] = rows.mul_(factor) @ e
+        gradient = _to_points(S, e, -2 / (count * scale), student)
         return ((loss - diagonal) / count).to(student.dtype), gradient
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #d3c8909b

@@ -17,6 +17,24 @@ def available() -> bool:
     "Is Triton here? On a CPU only its interpreter runs the kernel: TRITON_INTERPRET=1 before Triton's import."
     return triton is not None
 
+# %% ../../nbs/losses/22_angle_triton.ipynb #35b14a35
+if triton is not None:
+    @triton.jit
+    def _near(q, r, z, u, at, there):
+        "Near sides and inverse distances, of the student and of the teacher, at these places; 0 where none is there."
+        return (tl.load(q + at, mask=there, other=0.), tl.load(r + at, mask=there, other=0.),
+                tl.load(z + at, mask=there, other=0.), tl.load(u + at, mask=there, other=0.))
+
+    @triton.jit
+    def _compare(pi, ri, ti, ui, pk, rk, tk, uk, far, far_t):
+        "A box of cosines, compared: the Huber losses, V and V X."
+        W = ri[:, :, None] * rk[:, None, :]
+        X = pi[:, :, None] + pk[:, None, :] - far[None]
+        delta = W * X - ui[:, :, None] * uk[:, None, :] * (ti[:, :, None] + tk[:, None, :] - far_t[None])
+        h = tl.minimum(tl.maximum(delta, -1.), 1.)
+        V = h * W
+        return h * (delta - .5 * h), V, V * X
+
 # %% ../../nbs/losses/22_angle_triton.ipynb #4d55e63b
 if triton is not None:
     @triton.jit
@@ -33,12 +51,10 @@ if triton is not None:
         for first in range(lo, hi, BJ):
             at = first + tl.arange(0, BJ)
             of_j = at < hi
-            row = tl.load(order + at, mask=of_j, other=0)
-            j = tl.load(order + a + at, mask=of_j, other=0)
+            row, j = tl.load(order + at, mask=of_j, other=0), tl.load(order + a + at, mask=of_j, other=0)
             ji = j[:, None].to(tl.int64) * n + i[None, :]
             of_ji = of_j[:, None] & of_i[None, :]
-            pi, ri = tl.load(q + ji, mask=of_ji, other=0.), tl.load(r + ji, mask=of_ji, other=0.)
-            ti, ui = tl.load(z + ji, mask=of_ji, other=0.), tl.load(u + ji, mask=of_ji, other=0.)
+            pi, ri, ti, ui = _near(q, r, z, u, ji, of_ji)
             vs, ws = tl.zeros((BJ, BI, BK), T), tl.zeros((BJ, BI, BK), T)
             for start in range(0, n, BK):
                 k = start + tl.arange(0, BK)
@@ -47,17 +63,12 @@ if triton is not None:
                 of_jk = of_j[:, None] & of_k[None, :]
                 ik = i[:, None].to(tl.int64) * n + k[None, :]
                 of_ik = of_i[:, None] & of_k[None, :]
-                pk, rk = tl.load(q + jk, mask=of_jk, other=0.), tl.load(r + jk, mask=of_jk, other=0.)
-                tk, uk = tl.load(z + jk, mask=of_jk, other=0.), tl.load(u + jk, mask=of_jk, other=0.)
-                W = ri[:, :, None] * rk[:, None, :]
-                X = pi[:, :, None] + pk[:, None, :] - tl.load(q + ik, mask=of_ik, other=0.)[None]
-                delta = W * X - ui[:, :, None] * uk[:, None, :] * (
-                    ti[:, :, None] + tk[:, None, :] - tl.load(z + ik, mask=of_ik, other=0.)[None])
-                h = tl.minimum(tl.maximum(delta, -1.), 1.)
-                total += h * (delta - .5 * h)
-                V = h * W
+                pk, rk, tk, uk = _near(q, r, z, u, jk, of_jk)
+                far, far_t = tl.load(q + ik, mask=of_ik, other=0.), tl.load(z + ik, mask=of_ik, other=0.)
+                huber, V, VX = _compare(pi, ri, ti, ui, pk, rk, tk, uk, far, far_t)
+                total += huber
                 vs += V
-                ws += V * X
+                ws += VX
                 mine = M + part.to(tl.int64) * n * n + ik
                 tl.store(mine, tl.load(mine, mask=of_ik, other=0.) + tl.sum(V, 0), mask=of_ik)
             out = row[:, None].to(tl.int64) * n + i[None, :]

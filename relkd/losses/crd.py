@@ -134,10 +134,27 @@ def _rows(loss, index, negatives):
         negatives = torch.randint(loss.samples, (index.shape[0], loss.negatives), device=index.device)
     return torch.cat([index[:, None], negatives], 1)
 
+def _pair(loss, student, teacher):
+    s, t = as_pair(student, teacher, 1, 'CRD')
+    if (s.shape[1], t.shape[1]) != (loss.embed_s.in_features, loss.embed_t.in_features):
+        raise ValueError(f"CRD was made for {loss.embed_s.in_features} student and {loss.embed_t.in_features} "
+                         f"teacher features; got {s.shape[1]} and {t.shape[1]}: "
+                         "CRD.from_features reads them from an example")
+    return s, t
+
 def _embedded(loss, s, t):
     dtype = torch.promote_types(torch.promote_types(s.dtype, t.dtype), loss.embed_s.weight.dtype)
     embedded = ((s, loss.embed_s), (t, loss.embed_t))
     return (_unit(F.linear(e.to(dtype), g.weight.to(dtype), g.bias.to(dtype))) for e, g in embedded)
+
+# %% ../../nbs/losses/12_crd.ipynb #ef9f0ec7
+def _halves(loss, s, t, chosen):
+    "The sum of both halves for embeddings of length 1, and the two log Z."
+    of_s, to_s, z_s = contrast(s, loss.memory_t, chosen, loss.log_Z[0], loss.T, loss.eps)
+    of_t, to_t, z_t = contrast(t, loss.memory_s, chosen, loss.log_Z[1], loss.T, loss.eps)
+    instead = 'there is no other form of it here'
+    total = known_gradient(s, of_s, to_s, 'CRD', instead) + known_gradient(t, of_t, to_t, 'CRD', instead)
+    return total, torch.stack([z_s, z_t])
 
 # %% ../../nbs/losses/12_crd.ipynb #95d90be5
 class CRD(_Memories):
@@ -169,18 +186,11 @@ class CRD(_Memories):
         negatives=None, # (N, K) int64: the negatives; drawn by default
     ) -> torch.Tensor: # 0-dim, the sum of both halves, float32 at least; a training step updates the memories
         "Raises ValueError on bad shapes and indices."
-        s, t = as_pair(student, teacher, 1, 'CRD')
-        if (s.shape[1], t.shape[1]) != (self.embed_s.in_features, self.embed_t.in_features):
-            raise ValueError(f"CRD was made for {self.embed_s.in_features} student and {self.embed_t.in_features} "
-                             f"teacher features; got {s.shape[1]} and {t.shape[1]}: "
-                             "CRD.from_features reads them from an example")
+        s, t = _pair(self, student, teacher)
         index = _numbers('index', '(N,)', index, s, self.samples)
         chosen = _rows(self, index, negatives)
         with full_precision(s):
             s, t = _embedded(self, s, t)
-            of_s, to_s, z_s = contrast(s, self.memory_t, chosen, self.log_Z[0], self.T, self.eps)
-            of_t, to_t, z_t = contrast(t, self.memory_s, chosen, self.log_Z[1], self.T, self.eps)
-            instead = 'there is no other form of it here'
-            total = known_gradient(s, of_s, to_s, 'CRD', instead) + known_gradient(t, of_t, to_t, 'CRD', instead)
-            if self.training and torch.is_grad_enabled(): self._remember(index, s, t, torch.stack([z_s, z_t]))
+            total, log_Z = _halves(self, s, t, chosen)
+            if self.training and torch.is_grad_enabled(): self._remember(index, s, t, log_Z)
         return total

@@ -13,6 +13,17 @@ import torch.nn.functional as F
 from .contract import DistillationLoss, as_map_pairs, beside
 from ..relations import full_precision
 
+# %% ../../nbs/losses/02_fitnet.ipynb #fab9fbc0
+def _gap(s, t, regressor):
+    "Mean squared error of one layer, the channels brought to the last axis."
+    if (s.shape[1], t.shape[1]) != (regressor.in_features, regressor.out_features):
+        raise ValueError(f"FitNet was made for {regressor.in_features} student and {regressor.out_features} teacher channels; "
+                         f"got {s.shape[1]} and {t.shape[1]}: FitNet.from_features reads them from an example")
+    dtype = torch.promote_types(s.dtype, regressor.weight.dtype)
+    with full_precision(s):
+        predicted = F.linear(s.to(dtype).movedim(1, -1), regressor.weight.to(dtype), regressor.bias.to(dtype))
+        return F.mse_loss(predicted, t.to(dtype).movedim(1, -1))
+
 # %% ../../nbs/losses/02_fitnet.ipynb #b3500d76
 class FitNet(DistillationLoss):
     """Mean squared error between the teacher's hint and a trained linear regression of the student's layer.
@@ -47,13 +58,4 @@ class FitNet(DistillationLoss):
         pairs = as_map_pairs(student, teacher, 'FitNet', embeddings=True)
         if len(pairs) != len(self.regressors):
             raise ValueError(f"FitNet was made for {len(self.regressors)} layer(s); got {len(pairs)}")
-        return sum(self._one(r, s, t) for r, (s, t) in zip(self.regressors, pairs))
-
-    def _one(self, r, s, t):
-        if (s.shape[1], t.shape[1]) != (r.in_features, r.out_features):
-            raise ValueError(f"FitNet was made for {r.in_features} student and {r.out_features} teacher channels; "
-                             f"got {s.shape[1]} and {t.shape[1]}: FitNet.from_features reads them from an example")
-        dtype = torch.promote_types(s.dtype, r.weight.dtype)
-        with full_precision(s):
-            predicted = F.linear(s.to(dtype).movedim(1, -1), r.weight.to(dtype), r.bias.to(dtype))
-            return F.mse_loss(predicted, t.to(dtype).movedim(1, -1))
+        return sum(_gap(s, t, r) for r, (s, t) in zip(self.regressors, pairs))

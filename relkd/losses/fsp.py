@@ -53,6 +53,17 @@ def _layers(student, teacher, least):
     dtype = torch.float64 if any(f.dtype == torch.float64 for maps in layers for f in maps) else torch.float32
     return [f.to(dtype) for f in layers[0]], [without_graph(f).to(dtype) for f in layers[1]]
 
+# %% ../../nbs/losses/10_fsp.ipynb #7af952d6
+def _checked(pairs, weights):
+    "Pairs as tuples and weights as a list, either None if not given. Raises ValueError for what cannot be."
+    if pairs is not None:
+        pairs = [tuple(p) for p in pairs]
+        if not pairs or any(len(p) != 2 or min(p) < 0 for p in pairs):
+            raise ValueError(f"FSP needs pairs (i, j) of places in the list of layers, from 0 on; got {pairs}")
+    if pairs is not None and weights is not None and len(weights) != len(pairs):
+        raise ValueError(f"FSP needs one weight a pair; got {len(weights)} for {len(pairs)} pairs")
+    return pairs, None if weights is None else list(weights)
+
 # %% ../../nbs/losses/10_fsp.ipynb #ada8f100
 class FSP(DistillationLoss):
     "Squared distance of the flow matrices of pairs of layers (Yim et al. 2017, Eq. 2)."
@@ -66,13 +77,7 @@ class FSP(DistillationLoss):
         if pool not in _POOL: raise ValueError(f"FSP needs pool to be 'max' or 'avg'; got {pool!r}")
         if reduction not in ('norm', 'mean'):
             raise ValueError(f"FSP needs reduction to be 'norm' or 'mean'; got {reduction!r}")
-        if pairs is not None:
-            pairs = [tuple(p) for p in pairs]
-            if not pairs or any(len(p) != 2 or min(p) < 0 for p in pairs):
-                raise ValueError(f"FSP needs pairs (i, j) of places in the list of layers, from 0 on; got {pairs}")
-        if pairs is not None and weights is not None and len(weights) != len(pairs):
-            raise ValueError(f"FSP needs one weight a pair; got {len(weights)} for {len(pairs)} pairs")
-        self.pairs, self.weights = pairs, None if weights is None else list(weights)
+        self.pairs, self.weights = _checked(pairs, weights)
         self.pool, self.reduction = pool, reduction
 
     def forward(self,

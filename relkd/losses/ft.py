@@ -131,21 +131,9 @@ class _Networks(DistillationLoss):
         return (f'rate={self.rate:g}, p={self.p:g}, reduction={self.reduction!r}, '
                 f'reconstruction={self.reconstruction!r}, batchnorm={self.batchnorm!r}, compare={self.compare!r}')
 
-# %% ../../nbs/losses/09_ft.ipynb #642cb071
-class FT(_Networks):
-    """Difference of normalised factors: the teacher's from a trained paraphraser, the student's from a translator.
-    Kim et al. 2018, Sec. 3; a mean as in the authors' code."""
-    @classmethod
-    def from_features(cls,
-        student,   # an example of the student's map, (N, C_S, H, W), or a list
-        teacher,   # of the teacher's
-        labels=None, # not needed
-        **options, # of the constructor
-    ) -> 'FT':
-        "The loss for layers of these shapes. Raises ValueError as the loss itself does."
-        pairs = as_map_pairs(student, teacher, cls.__name__)
-        return cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options)
-
+# %% ../../nbs/losses/09_ft.ipynb #fba2d516
+class _Prepared(_Networks):
+    "The first stage: the paraphrasers learn to reconstruct the teacher's maps."
     def train(self,
         mode:bool=True, # of the translators
     ) -> 'FT': # itself
@@ -168,6 +156,21 @@ class FT(_Networks):
                 total = total + gap.pow(1 if self.reconstruction == 'l1' else 2).mean()
         self.paraphrasers.eval()
         return total
+
+# %% ../../nbs/losses/09_ft.ipynb #642cb071
+class FT(_Prepared):
+    """Difference of normalised factors: the teacher's from a trained paraphraser, the student's from a translator.
+    Kim et al. 2018, Sec. 3; a mean as in the authors' code."""
+    @classmethod
+    def from_features(cls,
+        student,   # an example of the student's map, (N, C_S, H, W), or a list
+        teacher,   # of the teacher's
+        labels=None, # not needed
+        **options, # of the constructor
+    ) -> 'FT':
+        "The loss for layers of these shapes. Raises ValueError as the loss itself does."
+        pairs = as_map_pairs(student, teacher, cls.__name__)
+        return cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options)
 
     def forward(self,
         student, # (N, C_S, H, W), or a list: receives the gradient, as the translators do

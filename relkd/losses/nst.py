@@ -36,10 +36,9 @@ def _gaussian(x, y, sigma2):
         sigma2 = sigma2.masked_fill(sigma2 <= 1e-6, float('inf'))        # all channels alike: no discrepancy
     return lambda a, b: (a / sigma2 @ b.mT - (length2(a)[:, :, None] + length2(b)[:, None]) / (2 * sigma2)).exp()
 
-# %% ../../nbs/losses/11_nst.ipynb #bb548149
-class NST(DistillationLoss):
-    """Squared maximum mean discrepancy of the student's and the teacher's normalised channels (Huang & Wang 2017).
-    The polynomial kernel with d = 2, c = 0 by default; no gradient goes through a Gaussian's default sigma2."""
+# %% ../../nbs/losses/11_nst.ipynb #2b9e6c08
+class _Kernel(DistillationLoss):
+    "A kernel and its options."
     def __init__(self,
         kernel:str='polynomial', # or 'linear' or 'gaussian'
         degree:int=2,            # d of the polynomial kernel (x . y + c)^d, at least 1
@@ -56,6 +55,18 @@ class NST(DistillationLoss):
         if sigma2 is not None and not sigma2 > 0: raise ValueError(f"NST needs sigma2 above 0, or None; got {sigma2}")
         self.kernel, self.degree, self.c, self.sigma2, self.teacher_term = kernel, degree, c, sigma2, teacher_term
 
+    def _polynomial(self, x, y): return (x @ y.mT + self.c).pow(self.degree)
+    def _function(self, x, y): return self._polynomial if self.kernel == 'polynomial' else _gaussian(x, y, self.sigma2)
+
+    def extra_repr(self):
+        polynomial, gaussian = f', degree={self.degree}, c={self.c:g}', f', sigma2={self.sigma2}'
+        own = {'linear': '', 'polynomial': polynomial, 'gaussian': gaussian}[self.kernel]
+        return f'{self.kernel!r}{own}, teacher_term={self.teacher_term}'
+
+# %% ../../nbs/losses/11_nst.ipynb #bb548149
+class NST(_Kernel):
+    """Squared maximum mean discrepancy of the student's and the teacher's normalised channels (Huang & Wang 2017).
+    The polynomial kernel with d = 2, c = 0 by default; no gradient goes through a Gaussian's default sigma2."""
     def forward(self,
         student, # (N, C_S, H, W), or a list of maps: receives the gradient
         teacher, # (N, C_T, H', W'), or a list of as many: receives none; N the same
@@ -72,13 +83,6 @@ class NST(DistillationLoss):
             if (self.kernel == 'polynomial' and (self.degree, self.c) == (2, 0)
                     and hw * (cs + ct) <= cs * cs + cs * ct + ct * ct):
                 return _means(x.mT @ x / cs, y.mT @ y / ct, self.teacher_term)
-            k = self._polynomial if self.kernel == 'polynomial' else _gaussian(x, y, self.sigma2)
+            k = self._function(x, y)
             own = k(x, x).mean() - 2 * k(x, y).mean()
             return own + k(y, y).mean() if self.teacher_term else own
-
-    def _polynomial(self, x, y): return (x @ y.mT + self.c).pow(self.degree)
-
-    def extra_repr(self):
-        polynomial, gaussian = f', degree={self.degree}, c={self.c:g}', f', sigma2={self.sigma2}'
-        own = {'linear': '', 'polynomial': polynomial, 'gaussian': gaussian}[self.kernel]
-        return f'{self.kernel!r}{own}, teacher_term={self.teacher_term}'

@@ -29,6 +29,19 @@ def similarities(
     "The Gram matrix of a batch, normalised (Tung & Mori 2019, row-wise)."
     return _normalised(e @ e.t(), norm, eps)[0]
 
+# %% ../../nbs/losses/04_sp.ipynb #719ff692
+def _gap(s, t, norm):
+    "Mean squared difference of the tables of two batches, and its gradient with respect to the student's embeddings."
+    dtype, over = torch.promote_types(s.dtype, t.dtype), -1 if norm == 'row' else (-2, -1)
+    with full_precision(s), torch.no_grad():
+        x, y = s.to(dtype), t.to(dtype)
+        tables, length, longest = _normalised(torch.stack([x @ x.t(), y @ y.t()]), norm, 1e-5)
+        P, Q = tables.unbind()
+        gap = P - Q
+        loss = gap.square().mean()
+        A = torch.addcmul(gap, P, (P * gap).sum(over, keepdim=True), value=-1).div_(length[0] * (gap.numel() / 2))
+        return loss, ((A + A.t()) @ (x / longest[0])).to(s.dtype)
+
 # %% ../../nbs/losses/04_sp.ipynb #4e94514b
 class SP(DistillationLoss):
     """Mean squared difference of the row-normalised Gram matrices of a batch (Tung & Mori 2019).
@@ -58,15 +71,6 @@ class SP(DistillationLoss):
 
     def _one(self, s, t):
         s, t = as_pair(s, t, 2, 'SP')
-        dtype, over = torch.promote_types(s.dtype, t.dtype), -1 if self.norm == 'row' else (-2, -1)
-        with full_precision(s), torch.no_grad():
-            x, y = s.to(dtype), t.to(dtype)
-            tables, length, longest = _normalised(torch.stack([x @ x.t(), y @ y.t()]), self.norm, 1e-5)
-            P, Q = tables.unbind()
-            gap = P - Q
-            loss = gap.square().mean()
-            A = torch.addcmul(gap, P, (P * gap).sum(over, keepdim=True), value=-1).div_(length[0] * (gap.numel() / 2))
-            gradient = ((A + A.t()) @ (x / longest[0])).to(s.dtype)
-        return known_gradient(s, loss, gradient, 'SP', 'use mse_loss of two similarities() for that')
+        return known_gradient(s, *_gap(s, t, self.norm), 'SP', 'use mse_loss of two similarities() for that')
 
     def extra_repr(self): return f'norm={self.norm!r}'

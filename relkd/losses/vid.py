@@ -47,10 +47,9 @@ def _surprise(s, t, regressor, alpha, eps):
         mse = (s - t).pow(2).mean([d for d in range(s.dim()) if d != 1])
         return .5 * (mse / variance + variance.log()).mean()
 
-# %% ../../nbs/losses/06_vid.ipynb #a8f43ff3
-class VID(DistillationLoss):
-    """Negative log-density of the teacher's layer under a Gaussian around a regression of the student's.
-    Ahn et al. 2019; a mean over all numbers as in the circulating code, without log(2 pi) / 2."""
+# %% ../../nbs/losses/06_vid.ipynb #ebd23b4e
+class _Gaussians(DistillationLoss):
+    "For every layer a regressor of the mean, and a variance for each channel."
     def __init__(self,
         in_channels,              # C_S or D_S, of the student's layer; a list for several layers
         out_channels,             # C_T or D_T, of the teacher's layer; a list of as many
@@ -68,6 +67,16 @@ class VID(DistillationLoss):
         self.alphas = nn.ParameterList(torch.full((o,), alpha) for o in sizes[2])
         self.eps = eps
 
+    def variances(self) -> list: # one tensor (C_T,) a layer
+        "The learned variance of every teacher channel (Ahn et al. 2019, softplus of alpha)."
+        return [F.softplus(a) + self.eps for a in self.alphas]
+
+    def extra_repr(self): return f'eps={self.eps:g}'
+
+# %% ../../nbs/losses/06_vid.ipynb #a8f43ff3
+class VID(_Gaussians):
+    """Negative log-density of the teacher's layer under a Gaussian around a regression of the student's.
+    Ahn et al. 2019; a mean over all numbers as in the circulating code, without log(2 pi) / 2."""
     @classmethod
     def from_features(cls,
         student,   # an example of the student's layer, (N, C_S, H, W) or (N, D_S), or a list
@@ -79,10 +88,6 @@ class VID(DistillationLoss):
         pairs = as_map_pairs(student, teacher, cls.__name__, embeddings=True)
         return cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options)
 
-    def variances(self) -> list: # one tensor (C_T,) a layer
-        "The learned variance of every teacher channel (Ahn et al. 2019, softplus of alpha)."
-        return [F.softplus(a) + self.eps for a in self.alphas]
-
     def forward(self,
         student, # (N, C_S, H, W) or (N, D_S), or a list: receives the gradient
         teacher, # (N, C_T, H', W') or (N, D_T), or a list: receives none; N the same
@@ -93,5 +98,3 @@ class VID(DistillationLoss):
         if len(pairs) != len(self.regressors):
             raise ValueError(f"VID was made for {len(self.regressors)} layer(s); got {len(pairs)}")
         return sum(_surprise(s, t, g, a, self.eps) for g, a, (s, t) in zip(self.regressors, self.alphas, pairs))
-
-    def extra_repr(self): return f'eps={self.eps:g}'
