@@ -19,6 +19,7 @@ from ..distill import Objective, Row
 from ..features import Features
 from ..ground import digest
 from ..models import create
+from ..modes import evaluating
 from ..records import cell_name, read_record, record_path
 from .described import called, described
 from .recipe import Recipe
@@ -45,8 +46,8 @@ def _check_images(net, name, data):
     "Images that a network cannot take are said now, not after hours."
     images = data.images[:1]
     try:
-        with torch.no_grad():
-            net.eval()(data.normalise(images))
+        with torch.no_grad(), evaluating(net):
+            net(data.normalise(images))
     except RuntimeError as error:
         size = ' x '.join(map(str, images.shape[1:]))
         raise ValueError(f"network {name!r} cannot take images of {size} ({str(error).splitlines()[0]}): "
