@@ -64,8 +64,7 @@ def card(monkeypatch):
 
 SIZES = {"digits": (1, 8), "omniglot": (1, 28), "miniimagenet": (3, 84)}
 LIKE_OTHERS = ("bf16", "nearest", "fast", "fc100/paper", "metric/cub", "metric/cars", "gen1", "gen2", "omniglot-5", "-start", "-sizes",
-               "tinyimagenet/cpu", "digits/balanced")
-RECIPES = [n for n in known_recipes() if not n.endswith(LIKE_OTHERS)]
+               "tinyimagenet/cpu", "tinyimagenet/paper", "digits/balanced", "metric/omniglot", "cifar100/losses")
 
 
 def untrained(network, outputs, channels):
@@ -74,8 +73,10 @@ def untrained(network, outputs, channels):
         return create(replace(network, pretrained=False) if isinstance(network, ImageNet) else network, outputs, channels)
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_every_rows_step_stays_on_the_card(card, name):
+@pytest.mark.parametrize("name", known_recipes())
+def test_every_rows_step_stays_on_the_card(card, name, flags):
+    if name.endswith(LIKE_OTHERS) and "slow" not in flags:
+        pytest.skip("the terms of another recipe: --flags slow")
     r = recipe(name)
     task, (c, size) = r.tasks[0], SIZES.get(r.data, (3, 32))
     data = type("Data", (), {"classes": range(10)})
