@@ -17,6 +17,8 @@ import relkd.losses as losses
 from .features import Features
 from .ground import nearest
 from .losses.contract import as_loss
+from .modes import evaluating, learning
+from .relations import widest
 from .tasks.task import Task
 
 # %% ../nbs/lab/03_distill.ipynb #e17a2f8a
@@ -203,25 +205,28 @@ class Objective(nn.Module):
 # %% ../nbs/lab/03_distill.ipynb #4b36d3b3
 def _norm(loss, parameters):
     g = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-    norms = [p.double().norm() for p in g if p is not None]
+    norms = [widest(p).norm() for p in g if p is not None]
     return torch.stack(norms).norm() if norms else torch.tensor(0.)
 
 def starting_weights(
     terms,             # of Term; their weights are ignored
-    student:nn.Module, # as training starts; a copy is used
+    student:nn.Module, # as training starts, frozen parts included; a copy is used
     teacher:nn.Module, # trained
     batches,           # a list of (index (B,), images, labels); the norms are means over them
     labels=None,       # (n,) of all training samples: for a loss that remembers each
     share:float=1.,    # how hard each term shall pull, in units of the cross-entropy's pull
     seed:int=0,        # of the losses' own parameters
 ) -> list: # of Term with the weight of equal pull; infinite for one without a gradient
-    "Weights to start a search from: each term pulls `share` times as hard as the cross-entropy on the student's parameters."
+    """Weights to start a search from: each term pulls `share` times as hard as the cross-entropy on the student's
+    trainable parameters. Raises ValueError where all are frozen."""
     objectives = [Objective(Row(str(t), (replace(t, weight=1.),), task=0.)) for t in terms]
-    student, modes = copy.deepcopy(student).train(), [(m, m.training) for m in teacher.modules()]
+    student, norms = copy.deepcopy(student), []
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    if not parameters:
+        raise ValueError("no term can pull at this student: every parameter is frozen; give some of them requires_grad_(True)")
     read = Features(student, _all(o.student_layers for o in objectives))
-    of = Features(teacher.eval(), _all(o.teacher_layers for o in objectives))
-    parameters, norms = list(student.parameters()), []
-    try:
+    of = Features(teacher, _all(o.teacher_layers for o in objectives))
+    with learning(student), evaluating(teacher):
         for index, x, y in batches:
             s = read(x)
             with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -232,8 +237,5 @@ def starting_weights(
                         o.build({k: v[:2] for k, v in s.items()}, {k: v[:2] for k, v in t.items()}, labels).to(x.device)
             pulls = [_norm(o(s, Look(t), y, index), parameters) for o in objectives]
             norms.append([_norm(F.cross_entropy(s['logits'], y), parameters), *pulls])
-    finally:
-        for module, training in modes:
-            module.training = training
     ce, *of_terms = torch.tensor(norms).mean(0).tolist()
     return [replace(t, weight=share * ce / n if n else float('inf')) for t, n in zip(terms, of_terms)]

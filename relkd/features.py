@@ -95,14 +95,33 @@ class Features(nn.Module):
     def __init__(self,
         model:nn.Module, # any network
         layers,          # names: 'logits', a module's ('layer2.0.conv1'), or one with ':input' for what goes into it
+        frozen:bool=False, # a teacher: in evaluation mode and without gradients from now on, whatever a parent does
     ):
         super().__init__()
-        self.model, self.layers = model, tuple(dict.fromkeys(layers))
+        self.model, self.layers, self.frozen = model, tuple(dict.fromkeys(layers)), frozen
         self._names = _found(model, self.layers)
+        if frozen:
+            model.eval().requires_grad_(False)
+
+    def train(self,
+        mode:bool=True, # of the network, unless it is frozen
+    ) -> 'Features': # itself
+        "Set the mode; a frozen network stays in evaluation."
+        super().train(mode)
+        if self.frozen:
+            self.model.eval()
+        return self
 
     def forward(self,
         *args, **kwargs # of the network
     ) -> dict: # layer -> tensor. Raises ValueError for a layer that ran not once, without a graph, or was overwritten
+        "One pass of the network; its layers by name."
+        if not self.frozen:
+            return self._read(*args, **kwargs)
+        with torch.no_grad():
+            return self._read(*args, **kwargs)
+
+    def _read(self, *args, **kwargs):
         found, handles, graph = {layer: [] for layer in self.layers}, [], torch.is_grad_enabled()
 
         def keep(layer, value, recorded=None):
@@ -128,4 +147,4 @@ class Features(nn.Module):
             _once(layer, seen)
         return {layer: seen[0][0] for layer, seen in found.items()}
 
-    def extra_repr(self): return f'layers={list(self.layers)}'
+    def extra_repr(self): return f'layers={list(self.layers)}' + (', frozen=True' if self.frozen else '')

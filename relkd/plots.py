@@ -158,7 +158,7 @@ def plane(
     like:torch.Tensor=None, # (n, 2) of the same points: turn, and mirror if need be, to lie as near to these as possible
 ) -> torch.Tensor: # (n, 2): coordinates along the two directions of largest variance
     "Principal components of one cloud of points; rotations and reflections of the plane are the only freedom that `like` uses."
-    z = z.detach().double().cpu()
+    z = z.detach().cpu().double()
     z = z - z.mean(0)
     xy = z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T
     if like is None:
@@ -206,7 +206,7 @@ def distances_figure(
     fig, first = Figure(figsize=(2.7 * len(clouds) + .6, 3.2)), None
     axes = np.atleast_1d(fig.subplots(1, len(clouds)))
     for ax, (title, z) in zip(axes, clouds.items()):
-        d = pdist(z.detach().flatten(0, 1).double()).cpu()
+        d = pdist(z.detach().flatten(0, 1).cpu().double())
         n = len(d)
         d = d / (d.sum() / (n * (n - 1)))
         off = d[~torch.eye(n, dtype=torch.bool)]

@@ -139,15 +139,18 @@ def profile_recipe(
     e = Experiment(recipe, session)
     device, group = e.fabric.device, e.groups()[0]
     students, trainee = _students(e, group), _trainee(e, group)
-    step, training = _whole(students, steps), _median(trainee.step, steps)
     limits = machine_limits(device, torch.bfloat16 if 'bf16' in e.precision else torch.float32)
     streams = {'teacher': trainee.together.stream, 'students': students.together.stream}
+    with students.together.under_way(), trainee.together.under_way():
+        step, training = _whole(students, steps), _median(trainee.step, steps)
+        parts = _parts(students, steps)
+        calls, teacher_calls = count_calls(students.step, device), count_calls(trainee.step, device)
     return save_benchmark(
-        session.out, f'profile-{slug(recipe.name)}', device, _parts(students, steps),
+        session.out, f'profile-{slug(recipe.name)}', device, parts,
         recipe=recipe.name, variant=recipe.variant(group.task), precision=e.precision,
         batch=streams['students'].batch_size, teacher_batch=streams['teacher'].batch_size,
         step_ms=step, teacher_training_ms=training,
-        calls=count_calls(students.step, device), teacher_calls=count_calls(trainee.step, device),
+        calls=calls, teacher_calls=teacher_calls,
         limits=limits, floor_ms=_floor(students, trainee, limits), hours=_hours(recipe, streams, training, step))
 
 # %% ../nbs/lab/42_profile.ipynb #407b0b17

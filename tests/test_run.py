@@ -378,11 +378,32 @@ def test_a_checkpoint_does_not_say_where_records_are_written(tmp_path):
     ({"data": split_digits, "task": FewShot(way=9)}, "9-way episodes need 9 classes; the train classes of digits have 6"),
     ({"data": split_digits, "task": FewShot(way=2, ways=(2, 3))}, "3-way episodes need 3 classes; the test classes of digits have 2"),
     ({"teacher_weights": "nowhere.pth"}, "no file nowhere.pth of the teacher's weights"),
+    ({"starts": {"student": "nowhere.pth"}}, "no file nowhere.pth of the student's first weights: "
+                                             "name the file, or let it start at random"),
+    ({"starts": {"teacher": ("digitz", "Student")}}, "unknown recipe 'digitz': did you mean 'digits'?"),
     ({"precision": "fp8"}, "precision is '32' or 'bf16'; got 'fp8'"),
 ])
 def test_what_cannot_be_is_said_before_any_training(tmp_path, no_training, change, message):
     one_line(lambda: run(replace(toy(), **change), session(tmp_path)), message)
     assert not list(tmp_path.glob("records/**/*.json"))
+
+
+def test_networks_start_from_another_task(tmp_path, monkeypatch):
+    import relkd.tables.recipe as recipes
+    first = toy()
+    run(first, session(tmp_path))
+    base = first.rows[0].name
+    monkeypatch.setattr(recipes, "recipe", lambda name: first)
+    starts = {"teacher": ("toy", "Teacher"), "student": ("toy", base)}
+    still = replace(first.schedule, lr=0., weight_decay=0.)
+    new = replace(first, name="second", starts=starts, schedule=still, teacher_schedule=still, rows=first.rows[:1], seeds=(5,))
+    records = run(new, session(tmp_path))
+    assert [r["protocol"]["start"] for r in records] == [{"recipe": "toy", "row": "Teacher"}, {"recipe": "toy", "row": base}]
+    kept, old = (trained(r, base, r.seeds[0], session(tmp_path)) for r in (new, first))
+    same = {n for (n, a), b in zip(kept.named_parameters(), old.parameters()) if torch.equal(a, b)}
+    assert {n for n, _ in old.named_parameters()} - same == {"fc.weight", "fc.bias"}
+    with pytest.raises(ValueError, match="network of toy that starts 'students'"):
+        replace(first, starts={"students": "x"})
 
 
 # --- a user's own

@@ -16,6 +16,7 @@ from safetensors.torch import save as as_bytes
 import relkd
 from relkd.models import create, load, load_into, manifest, read_weights, rounded, save, weights_hash
 from relkd.models.published import _groups
+from relkd.models.weights import start_from
 
 NAME, SMALL = "digits/resnet8x0.5", ("resnet8x0.5", 10, 1)
 
@@ -447,8 +448,8 @@ def without(what, name):
     (lambda p, sd: put(p, sd | {"fc.bias": torch.zeros(1000)}), r"t.pth does not fit this ResNetCifar .fc.bias is \(1000,\), not \(10,\)"),
     (lambda p, sd: put(p, sd | {"bn1.num_batches_tracked": torch.tensor(1.5)}),
      "bn1.num_batches_tracked is torch.float32, not torch.int64"),
-    (lambda p, sd: put(p, prefixed("student.", sd) | prefixed("teacher.", sd)),
-     "conv1.weight is missing; the file begins with 'student.conv1.weight'"),
+    (lambda p, sd: put(p, prefixed("a.", sd) | prefixed("b.", sd)),
+     "t.pth holds several networks that fit, behind 'a.' and 'b.': name prefix="),
 ])
 def test_a_file_that_is_no_teacher_changes_nothing(tmp_path, make, message):
     path, net = tmp_path / "t.pth", create(*SMALL)
@@ -457,3 +458,19 @@ def test_a_file_that_is_no_teacher_changes_nothing(tmp_path, make, message):
     said = one_line(lambda: load_into(net, path))
     assert re.search(message, said) and str(path) in said and len(said) < 400
     assert weights_hash(net.state_dict()) == before and not (tmp_path / "executed").exists()
+
+
+def test_a_start_is_all_but_the_last_layer_or_nothing():
+    ten, hundred = create("resnet8", 10), create("resnet8", 100, seed=1)
+    before = {n: t.clone() for n, t in ten.state_dict().items()}
+    start_from(ten, hundred.state_dict())
+    same = {n for n, t in ten.state_dict().items() if torch.equal(t, before[n])}
+    assert {"fc.weight", "fc.bias"} <= same and not any(n.endswith("conv1.weight") for n in same)
+    for other in (create("resnet8x0.5", 10), create("resnet14", 10)):
+        old = {n: t.clone() for n, t in other.state_dict().items()}
+        with pytest.raises(ValueError, match="cannot start from these weights .* take those of the same network"):
+            start_from(other, hundred.state_dict())
+        assert all(torch.equal(t, old[n]) for n, t in other.state_dict().items())
+    bare = create("conv4", None, seed=0)                       # ends without a linear layer: everything is taken
+    start_from(bare, create("conv4", None, seed=1).state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(bare.state_dict().values(), create("conv4", None, seed=1).state_dict().values()))

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from .contract import DistillationLoss, as_map_pairs
+from .contract import DistillationLoss, as_map_pairs, beside, finite
+from .state import BatchNorm2d
 from ..relations import full_precision
 
 # %% ../../nbs/losses/08_ab.ipynb #55a0927e
@@ -23,27 +24,19 @@ class Connector(nn.Module):
     ):
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_channels, in_channels) * (2 / out_channels)**.5)
-        self.norm = nn.BatchNorm2d(out_channels)
+        self.norm = BatchNorm2d(out_channels)
 
     def forward(self,
         s:torch.Tensor, # (N, C_S, H, W) or (N, D_S)
     ) -> torch.Tensor: # (N, C_T, H, W) or (N, D_T). Raises ValueError in training if a channel has one value only
         "The batch in the teacher's number of channels, before a ReLU."
-        f, norm = s if s.dim() == 4 else s[..., None, None], self.norm
+        f = s if s.dim() == 4 else s[..., None, None]
         dtype = torch.promote_types(s.dtype, self.weight.dtype)
         if self.training and f.numel() == f.shape[1]:
             raise ValueError("a connector in training normalises over the batch and needs more than one value a channel"
                              f"; got {tuple(s.shape)}: use a larger batch, or loss.eval()")
         f = F.linear(f.to(dtype).movedim(1, -1), self.weight.to(dtype)).movedim(-1, 1)
-        if norm.weight.dtype == dtype: f = norm(f)
-        else:                                                      # the input is wider than the parameters
-            mean, var = norm.running_mean.to(dtype), norm.running_var.to(dtype)
-            f = F.batch_norm(f, mean, var, norm.weight.to(dtype), norm.bias.to(dtype),
-                             norm.training, norm.momentum, norm.eps)
-            if norm.training:
-                norm.running_mean.copy_(mean)
-                norm.running_var.copy_(var)
-                norm.num_batches_tracked.add_(1)
+        f = self.norm(f)
         return f if s.dim() == 4 else f.flatten(1)
 
 # %% ../../nbs/losses/08_ab.ipynb #351c037e
@@ -55,7 +48,7 @@ def _checked(name, in_channels, out_channels, scale, connector):
                          f"got {in_channels} and {out_channels}")
     if connector is False and sizes[0] != sizes[1]:
         raise ValueError(f"{name} without connectors needs equal channels; got {in_channels} and {out_channels}")
-    if scale != 'mean' and not (isinstance(scale, (int, float)) and scale > 0):
+    if scale != 'mean' and not (finite(scale) and scale > 0):
         raise ValueError(f"{name} needs a positive scale, or 'mean'; got {scale!r}")
     return sizes
 
@@ -63,6 +56,7 @@ def _layer_weights(name, weights, n):
     weights = [float(w) for w in ([2.**(k - n + 1) for k in range(n)] if weights is None else weights)]
     if len(weights) != n:
         raise ValueError(f"{name} needs one layer weight a layer; got {len(weights)} for {n}")
+    if not all(map(finite, weights)): raise ValueError(f"{name} needs finite layer weights; got {weights}")
     return weights
 
 # %% ../../nbs/losses/08_ab.ipynb #ca25af39
@@ -107,7 +101,7 @@ class PreActivationLoss(_Connected):
     ) -> 'PreActivationLoss':
         "The loss for layers of these shapes, the deepest last. Raises ValueError as the loss itself does."
         pairs = as_map_pairs(student, teacher, cls.__name__, embeddings=True)
-        return cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options)
+        return beside(student, lambda: cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options))
 
     def forward(self,
         student, # (N, C_S, H, W) or (N, D_S), or a list, before the ReLU: receives the gradient
@@ -135,7 +129,7 @@ class AB(PreActivationLoss):
         connector=None,     # True: at every layer; False: at none; None: where the channels differ
     ):
         super().__init__(in_channels, out_channels, scale, layer_weights, connector)
-        if not margin > 0: raise ValueError(f"AB needs a positive margin; got {margin}")
+        if not (finite(margin) and margin > 0): raise ValueError(f"AB needs a positive margin; got {margin}")
         self.margin = margin
 
     def distance(self, s, t, k):

@@ -14,31 +14,31 @@ import torch
 import torch.nn.functional as F
 
 from .contract import known_gradient
-from ..relations import as_points, full_precision
+from ..relations import as_points, full_precision, widest
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #5abfa8ec
 class Sides(NamedTuple):
     "The squared distances of a batch: all that RKD's losses need of a teacher; one teacher serves many students."
-    q:torch.Tensor # (N, N), float64, 0 for equal points; mean 1 unless all points are equal
+    q:torch.Tensor # (N, N), float64 where the device has it, 0 for equal points; mean 1 unless all points are equal
 
 def _measure(*batches):
     """Points, their squared distances divided by the mean of all, and these means.
-    In float64: a list of (N, D), (B, N, N), (B, 1, 1)."""
-    points = [b.double() for b in batches]
-    n = points[0].shape[0]
+    In float64, where the device has it: a list of (N, D), (B, N, N), (B, 1, 1)."""
+    points = [widest(b) for b in batches]
+    n, short = points[0].shape[0], points[0].dtype == torch.float32
     q = points[0].new_empty(len(points), n, n)
     for e, x in zip(points, q): torch.mm(e, e.t(), out=x)
     diagonal = q.diagonal(dim1=1, dim2=2)
     norm2 = diagonal.clone()
     q.mul_(-2).add_(norm2[:, :, None]).add_(norm2[:, None])
     diagonal.fill_(float('inf'))
-    if q.is_cuda or not (q.amin((1, 2)) >= 1e-6 * norm2.amax(1)).all():    # on a GPU asking would cost more than doing
+    if q.is_cuda or short or not (q.amin((1, 2)) >= 1e-6 * norm2.amax(1)).all():    # on a GPU asking would cost more than doing
         points = [e - e.mean(0) for e in points]
         for e, x in zip(points, q): x.copy_(torch.cdist(e, e, compute_mode='donot_use_mm_for_euclid_dist').square_())
         diagonal.fill_(0)
         q.masked_fill_(q < 1e-16 * q.mean((1, 2), keepdim=True), 0)
     diagonal.fill_(0)
-    scale = q.mean((1, 2), keepdim=True).clamp_(min=1e-300)
+    scale = q.mean((1, 2), keepdim=True).clamp_(min=torch.finfo(q.dtype).tiny if short else 1e-300)
     return points, q.div_(scale), scale
 
 def sides(
@@ -91,9 +91,11 @@ class _Buffers:
     """The same tile with every intermediate in memory that is used again, by the next block and by the next call.
     Fresh memory would cost more than the arithmetic."""
     def __init__(self, like, size):
-        kept, key = _kept.__dict__, (like.dtype, like.device)
+        stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else None
+        kept, key = _kept.__dict__, (like.dtype, like.device, stream)
         if key not in kept or kept[key].shape[1] < size:
-            kept[key] = torch.empty(4, size, dtype=like.dtype, device=like.device)
+            with torch.inference_mode(False):    # the next call may be a training step
+                kept[key] = torch.empty(4, size, dtype=like.dtype, device=like.device)
         self.store = kept[key]
 
     def __call__(self, pi, pk, ri, rk, q, ai, ak, ui, uk, z, on_diagonal):
@@ -145,7 +147,7 @@ def _cube(
     anchors,    # which vertices, A of them: a range, or a tensor
     dtype,      # of the cube
     compiled,   # tiles by torch.compile?
-): # sum of the Huber losses, float64; M (N, N), v (A, N), w (A, N) in `dtype`
+): # sum of the Huber losses, as wide as the device allows; M (N, N), v (A, N), w (A, N) in `dtype`
     "All cosines at these vertices, compared and differentiated, a block at a time."
     n, a = both.shape[1], len(anchors)
     cuts, block = _tiling(n, a, dtype.itemsize)
@@ -162,9 +164,9 @@ def _cube(
         return [x.clone() for x in rows] if compiled else rows    # or torch.compile makes a program for each address
     if block == a and len(cuts) == 1:
         loss, *tables = at(cuts[0], cuts[0], *near(0))
-        return loss.double(), *tables
+        return widest(loss), *tables
     M, v, w = torch.zeros_like(q), q.new_zeros(a, n), q.new_zeros(a, n)
-    loss = torch.zeros((), dtype=torch.float64, device=q.device)
+    loss = widest(q.new_zeros(()))
     for j in range(0, a, block):
         rows, tables = near(j), (loss, M, v[j:j + block], w[j:j + block])
         for x, I in enumerate(cuts):
@@ -208,7 +210,7 @@ def _to_points(S, e, factor, like):
     S += S.t().clone()
     gradient = torch.empty_like(like)
     for i in range(0, len(S), 512):
-        rows = S[i:i + 512].double()
+        rows = widest(S[i:i + 512])
         rows.diagonal(i).sub_(rows.sum(1))
         gradient[i:i + 512] = rows.mul_(factor) @ e
     return gradient
@@ -233,7 +235,8 @@ def loss_and_gradient(
         (e, *_), both, (scale, *_) = _measure(student) if known else _measure(student, teacher)
         if known: both = torch.cat([both, teacher[None]])
         near = both[:, J]
-        if student.dtype == torch.float32: rough = _rough(near)
+        if both.dtype == torch.float32: rough = None    # no float64 here
+        elif student.dtype == torch.float32: rough = _rough(near)
         else: rough = torch.ones(len(anchors), dtype=torch.bool, device=e.device)
         # i = k: the cosine is 1 or, without a direction, 0
         diagonal = .5 * ((near[0] > 0) != (near[1] > 0)).sum() if distinct else 0.

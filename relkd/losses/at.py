@@ -9,7 +9,7 @@ __all__ = ['attention', 'AT']
 import torch
 import torch.nn.functional as F
 
-from .contract import DistillationLoss, as_map_pairs
+from .contract import DistillationLoss, as_map_pairs, finite
 from ..relations import full_precision
 
 # %% ../../nbs/losses/03_at.ipynb #da561067
@@ -32,16 +32,16 @@ class AT(DistillationLoss):
         p:float=2., # power of |F|, at least 1; the larger, the more the map is its hottest position
     ):
         super().__init__()
-        if not p >= 1: raise ValueError(f"AT needs a power of at least 1; got p = {p}")
+        if not (finite(p) and p >= 1): raise ValueError(f"AT needs a finite power of at least 1; got p = {p}")
         self.p = p
 
     def forward(self,
-        student, # (N, C_S, H, W), or a list of maps: receives the gradient
-        teacher, # (N, C_T, H', W'), or a list of as many: receives none; N the same
+        student, # (N, C_S, H, W), at least 2 positions, or a list of maps: receives the gradient
+        teacher, # (N, C_T, H', W'), likewise, or a list of as many: receives none; N the same
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 2 / (H * W), float32 at least
         "Raises ValueError on bad shapes."
-        return sum(self._one(s, t) for s, t in as_map_pairs(student, teacher, 'AT'))
+        return sum(self._one(s, t) for s, t in as_map_pairs(student, teacher, 'AT', positions=2))
 
     def _one(self, s, t):
         with full_precision(s): return (attention(s, self.p) - attention(t, self.p)).pow(2).mean()

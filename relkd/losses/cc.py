@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .contract import DistillationLoss, as_pair
+from .contract import DistillationLoss, as_pair, finite
 from ..relations import as_points, full_precision, pdist
 
 # %% ../../nbs/losses/05_cc.ipynb #c4413f8f
@@ -26,7 +26,7 @@ def correlation(
     Raises ValueError unless (N, D), and on an option that makes no sense."""
     if kernel not in ('gaussian', 'bilinear', 'mmd'):
         raise ValueError(f"CC needs the kernel 'gaussian', 'bilinear' or 'mmd'; got {kernel!r}")
-    if not 0 < gamma < float('inf'): raise ValueError(f"CC needs a positive gamma; got gamma = {gamma}")
+    if not (finite(gamma) and gamma > 0): raise ValueError(f"CC needs a positive gamma; got gamma = {gamma}")
     if order is not None and not (isinstance(order, int) and order >= 1):
         raise ValueError("CC needs a whole order of at least 1, or None for the exact kernel; "
                          f"got order = {order}")
@@ -62,7 +62,7 @@ class CC(DistillationLoss):
         teacher, # (N, D_T), or (N, C, H, W): receives none; N the same, at least 2
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, mean over N^2 pairs, float32 at least. Raises ValueError on bad shapes
-        s, t = as_pair(student, teacher, 2, 'CC')
+        s, t = as_pair(student, teacher, 2, 'CC', 2 if self.options['normalise'] else 1)
         return (correlation(s, **self.options) - correlation(t, **self.options)).pow(2).mean()
 
     def extra_repr(self):

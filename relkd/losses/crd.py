@@ -12,7 +12,8 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from .contract import DistillationLoss, as_pair, known_gradient
+from .contract import DistillationLoss, as_pair, beside, finite, known_gradient
+from .state import Remembering, kept_finite, of_all, repeated
 from ..relations import full_precision
 
 # %% ../../nbs/losses/12_crd.ipynb #d16ceeb3
@@ -77,10 +78,11 @@ def _numbers(name, shape, index, s, samples):
 # %% ../../nbs/losses/12_crd.ipynb #2152854e
 def _checked(in_features, out_features, samples, feat_dim, negatives, T, momentum, classes, eps):
     "`classes` as a tensor, or None. Raises ValueError for options of CRD that cannot be."
-    if min(in_features, out_features, feat_dim, negatives) < 1 or samples < 2:
-        raise ValueError("CRD needs in_features, out_features, feat_dim and negatives of at least 1 and 2 samples "
-                         f"or more; got {in_features}, {out_features}, {feat_dim}, {negatives} and {samples}")
-    if not (T > 0 and 0 <= momentum < 1 and eps >= 0):
+    if min(in_features, out_features, negatives) < 1 or min(feat_dim, samples) < 2:
+        raise ValueError("CRD needs in_features, out_features and negatives of at least 1, feat_dim and samples of at "
+                         "least 2, in this order: in, out, feat_dim, negatives, samples; "
+                         f"got {in_features}, {out_features}, {feat_dim}, {negatives} and {samples}")
+    if not (all(map(finite, (T, momentum, eps))) and T > 0 and 0 <= momentum < 1 and eps >= 0):
         raise ValueError("CRD needs T above 0, momentum from 0 to below 1 and eps of at least 0; "
                          f"got {T}, {momentum} and {eps}")
     if classes is not None:
@@ -91,8 +93,10 @@ def _checked(in_features, out_features, samples, feat_dim, negatives, T, momentu
     return classes
 
 # %% ../../nbs/losses/12_crd.ipynb #13d84b15
-class _Memories(DistillationLoss):
+class _Memories(Remembering, DistillationLoss):
     "Two embedding layers, and what each of them gave for every training sample."
+    _before = None    # what the last batch replaced
+
     def __init__(self,
         in_features:int,      # D_S
         out_features:int,     # D_T
@@ -115,10 +119,24 @@ class _Memories(DistillationLoss):
 
     @torch.no_grad()
     def _remember(self, index, s, t, log_Z):
-        self.log_Z.copy_(log_Z)
-        for memory, v in ((self.memory_s, s), (self.memory_t, t)):
-            row = F.normalize(self.momentum * memory[index] + (1 - self.momentum) * v)
-            memory.index_copy_(0, index, row.to(memory.dtype))
+        mine, n = index, len(index)
+        if not self.alone():
+            index, s, t = (of_all(x) for x in (index, s, t))
+            log_Z = (of_all(log_Z[None]) + of_all(log_Z.new_full((1, 1), n)).log()).logsumexp(0) - math.log(len(index))
+        rows = [memory[index] for memory in (self.memory_s, self.memory_t)]
+        if not torch.compiler.is_compiling(): self._before = mine, index, rows, self.log_Z.clone()
+        self.log_Z.copy_(torch.where(self.log_Z.isinf(), kept_finite(log_Z, self.log_Z), self.log_Z))
+        for memory, row, v in zip((self.memory_s, self.memory_t), rows, (s, t)):
+            new = F.normalize(self.momentum * row + (1 - self.momentum) * v)
+            memory.index_copy_(0, index, kept_finite(new, row))
+
+    def _known(self, index, counted):
+        "Both memories and log Z, for a checkpoint's second pass as the first pass of this batch met them."
+        known = self.memory_s, self.memory_t, self.log_Z
+        if counted or not self.training or torch.compiler.is_compiling() or not repeated(): return known
+        if self._before is None or not torch.equal(index, self._before[0]): return known
+        _, index, rows, log_Z = self._before
+        return *(memory.index_copy(0, index, row) for memory, row in zip(known, rows)), log_Z
 
     def extra_repr(self):
         return f'samples={self.samples}, negatives={self.negatives}, T={self.T:g}, momentum={self.momentum:g}'
@@ -148,10 +166,11 @@ def _embedded(loss, s, t):
     return (_unit(F.linear(e.to(dtype), g.weight.to(dtype), g.bias.to(dtype))) for e, g in embedded)
 
 # %% ../../nbs/losses/12_crd.ipynb #ef9f0ec7
-def _halves(loss, s, t, chosen):
-    "The sum of both halves for embeddings of length 1, and the two log Z."
-    of_s, to_s, z_s = contrast(s, loss.memory_t, chosen, loss.log_Z[0], loss.T, loss.eps)
-    of_t, to_t, z_t = contrast(t, loss.memory_s, chosen, loss.log_Z[1], loss.T, loss.eps)
+def _halves(loss, known, s, t, chosen):
+    "The sum of both halves for embeddings of length 1, and the two log Z. `known`: both memories and the log Z so far."
+    memory_s, memory_t, log_Z = known
+    of_s, to_s, z_s = contrast(s, memory_t, chosen, log_Z[0], loss.T, loss.eps)
+    of_t, to_t, z_t = contrast(t, memory_s, chosen, log_Z[1], loss.T, loss.eps)
     instead = 'there is no other form of it here'
     total = known_gradient(s, of_s, to_s, 'CRD', instead) + known_gradient(t, of_t, to_t, 'CRD', instead)
     return total, torch.stack([z_s, z_t])
@@ -177,7 +196,8 @@ class CRD(_Memories):
             raise ValueError("CRD needs labels= for classes=True: they are the classes")
         s, t = as_pair(student, teacher, 1, 'CRD')
         if samples is None: samples = len(labels)
-        return cls(s.shape[1], t.shape[1], samples, classes=labels if classes is True else classes, **options)
+        classes = labels if classes is True else classes
+        return beside(student, lambda: cls(s.shape[1], t.shape[1], samples, classes=classes, **options))
 
     def forward(self,
         student,        # (N, D_S), or a map, which is flattened: receives the gradient
@@ -187,10 +207,15 @@ class CRD(_Memories):
     ) -> torch.Tensor: # 0-dim, the sum of both halves, float32 at least; a training step updates the memories
         "Raises ValueError on bad shapes and indices."
         s, t = _pair(self, student, teacher)
+        if self.training and getattr(self, '_is_replica', False):
+            raise ValueError("a replica of DataParallel would forget what CRD remembers in it: call CRD outside, on the "
+                             "joined layers, or use DistributedDataParallel")
         index = _numbers('index', '(N,)', index, s, self.samples)
+        counts = self.counts()
+        known = self._known(index, counts)
         chosen = _rows(self, index, negatives)
         with full_precision(s):
             s, t = _embedded(self, s, t)
-            total, log_Z = _halves(self, s, t, chosen)
-            if self.training and torch.is_grad_enabled(): self._remember(index, s, t, log_Z)
+            total, log_Z = _halves(self, known, s, t, chosen)
+            if counts: self._remember(index, s, t, log_Z)
         return total

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from .contract import DistillationLoss, as_map_pairs
+from .contract import DistillationLoss, as_map_pairs, beside
 from ..relations import full_precision
 
 # %% ../../nbs/losses/02_fitnet.ipynb #fab9fbc0
@@ -48,7 +48,7 @@ class FitNet(DistillationLoss):
     ) -> 'FitNet':
         "The loss for layers of these shapes. Raises ValueError as the loss itself does."
         pairs = as_map_pairs(student, teacher, cls.__name__, embeddings=True)
-        return cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options)
+        return beside(student, lambda: cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options))
 
     def forward(self,
         student, # (N, C_S, H, W) or (N, D_S), or a list: receives the gradient

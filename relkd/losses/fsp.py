@@ -9,12 +9,10 @@ __all__ = ['flow_matrix', 'FSP']
 import torch
 import torch.nn.functional as F
 
-from .contract import DistillationLoss, without_graph
+from .contract import DistillationLoss, finite, pooled, without_graph
 from ..relations import full_precision
 
 # %% ../../nbs/losses/10_fsp.ipynb #9522d2f8
-_POOL = {'max': F.adaptive_max_pool2d, 'avg': F.adaptive_avg_pool2d}
-
 def flow_matrix(
     first:torch.Tensor,   # (N, m, H, W) map
     second:torch.Tensor,  # (N, n, H', W') map of the same samples and precision
@@ -22,7 +20,7 @@ def flow_matrix(
 ) -> torch.Tensor: # (N, m, n): mean over positions of the product of two channels
     "How strongly each channel of a layer responds together with each channel of another (Yim et al. 2017, Eq. 1)."
     size = [min(a, b) for a, b in zip(first.shape[2:], second.shape[2:])]
-    first, second = (f if list(f.shape[2:]) == size else _POOL[pool](f, size) for f in (first, second))
+    first, second = (pooled(f, size, largest=pool == 'max') for f in (first, second))
     return first.flatten(2) @ second.flatten(2).transpose(1, 2) / (size[0] * size[1])
 
 # %% ../../nbs/losses/10_fsp.ipynb #2c1000ca
@@ -62,6 +60,8 @@ def _checked(pairs, weights):
             raise ValueError(f"FSP needs pairs (i, j) of places in the list of layers, from 0 on; got {pairs}")
     if pairs is not None and weights is not None and len(weights) != len(pairs):
         raise ValueError(f"FSP needs one weight a pair; got {len(weights)} for {len(pairs)} pairs")
+    if weights is not None and not all(map(finite, weights)):
+        raise ValueError(f"FSP needs finite weights; got {weights}")
     return pairs, None if weights is None else list(weights)
 
 # %% ../../nbs/losses/10_fsp.ipynb #ada8f100
@@ -74,7 +74,7 @@ class FSP(DistillationLoss):
         reduction:str='norm', # squared 'norm' of a sample's difference (paper), or 'mean' over entries (CRD benchmark)
     ):
         super().__init__()
-        if pool not in _POOL: raise ValueError(f"FSP needs pool to be 'max' or 'avg'; got {pool!r}")
+        if pool not in ('max', 'avg'): raise ValueError(f"FSP needs pool to be 'max' or 'avg'; got {pool!r}")
         if reduction not in ('norm', 'mean'):
             raise ValueError(f"FSP needs reduction to be 'norm' or 'mean'; got {reduction!r}")
         self.pairs, self.weights = _checked(pairs, weights)

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from .at import attention
-from .contract import DistillationLoss, as_map_pairs
+from .contract import DistillationLoss, as_map_pairs, beside, finite
+from .state import BatchNorm2d
 from ..relations import full_precision
 
 # %% ../../nbs/losses/09_ft.ipynb #e80ce986
 def _block(conv, i, o, batchnorm):
-    return [conv(i, o, 3, padding=1), *([nn.BatchNorm2d(o)] if batchnorm else []), nn.LeakyReLU(.1)]
+    return [conv(i, o, 3, padding=1), *([BatchNorm2d(o)] if batchnorm else []), nn.LeakyReLU(.1)]
 
 class Translator(nn.Sequential):
     "From a map to a factor by three 3 x 3 convolutions (Kim et al. 2018, Sec. 3; sizes of the authors' code)."
@@ -63,8 +64,7 @@ def _run(net, x):
     own = next(net.parameters()).dtype
     dtype = torch.promote_types(x.dtype, own)
     if dtype == own: return net(x.to(dtype))
-    tensors = (*net.named_parameters(), *net.named_buffers())
-    wide = {k: v.to(dtype) if v.is_floating_point() else v for k, v in tensors}
+    wide = {k: v.to(dtype) for k, v in net.named_parameters()}    # batch norms widen by themselves
     return torch.func.functional_call(net, wide, x.to(dtype))
 
 def _distance(a, b, p, reduction):
@@ -72,7 +72,7 @@ def _distance(a, b, p, reduction):
     return gap.abs().pow(p).mean() if reduction == 'mean' else torch.linalg.vector_norm(gap, p, dim=1).mean()
 
 def _at_least_one(p, loss):
-    if not p >= 1: raise ValueError(f"{loss} needs a power of at least 1; got p = {p}")
+    if not (finite(p) and p >= 1): raise ValueError(f"{loss} needs a finite power of at least 1; got p = {p}")
     return p
 
 # %% ../../nbs/losses/09_ft.ipynb #538a509a
@@ -87,7 +87,7 @@ def _channels(in_channels, out_channels, rate):
     if len(sizes[0]) != len(sizes[1]) or not sizes[0] or min(sizes[0] + sizes[1]) < 1:
         raise ValueError("FT needs as many in_channels as out_channels, each at least 1; "
                          f"got {in_channels} and {out_channels}")
-    if not 0 < rate < float('inf') or round(rate * min(sizes[1])) < 1:
+    if not (finite(rate) and rate > 0) or round(rate * min(sizes[1])) < 1:
         raise ValueError("FT needs a rate that leaves a factor at least 1 channel; "
                          f"got rate = {rate} of {out_channels} channels")
     return sizes
@@ -114,10 +114,11 @@ class _Networks(DistillationLoss):
         self.compare = _one_of('compare', compare, 'factor', 'attention')
         self.paraphrasers = nn.ModuleList(Paraphraser(t, round(rate * t), batchnorm is True) for t in sizes[1])
         self.translators = nn.ModuleList(Translator(s, round(rate * t), bool(batchnorm)) for s, t in zip(*sizes))
+        self.paraphrasers.requires_grad_(False)
         self.train()
 
     def _pairs(self, student, teacher):
-        pairs = as_map_pairs(student, teacher, 'FT')
+        pairs = as_map_pairs(student, teacher, 'FT', positions=2 if self.compare == 'attention' else 1)
         if len(pairs) != len(self.translators):
             raise ValueError(f"FT was made for {len(self.translators)} layer(s); got {len(pairs)}")
         for r, p, (s, t) in zip(self.translators, self.paraphrasers, pairs):
@@ -125,6 +126,9 @@ class _Networks(DistillationLoss):
             if made != given:
                 raise ValueError(f"FT was made for {made[0]} student and {made[1]} teacher channels; "
                                  f"got {given[0]} and {given[1]}: FT.from_features reads them from an example")
+            if round(self.rate * made[1]) * s.shape[2] * s.shape[3] < 2:
+                raise ValueError("FT compares directions of factors, and a factor of one number has none; got maps of 1 x 1 "
+                                 f"and rate = {self.rate:g}: take a layer before the pooling, or a larger rate")
         return pairs
 
     def extra_repr(self):
@@ -134,6 +138,18 @@ class _Networks(DistillationLoss):
 # %% ../../nbs/losses/09_ft.ipynb #fba2d516
 class _Prepared(_Networks):
     "The first stage: the paraphrasers learn to reconstruct the teacher's maps."
+    _open = False    # is the backward pass of a `prepare` still to come?
+
+    def _rest(self):
+        "Outside `prepare` no paraphraser wants a gradient or has one: no optimiser moves it, and DDP does not wait for it."
+        if next(self.paraphrasers.parameters()).requires_grad and not self._open:
+            self.paraphrasers.requires_grad_(False)
+            for p in self.paraphrasers.parameters():
+                p.grad = None
+
+    def _close(self, gradient):
+        self._open = False
+
     def train(self,
         mode:bool=True, # of the translators
     ) -> 'FT': # itself
@@ -147,14 +163,17 @@ class _Prepared(_Networks):
         teacher, # (N, C_T, H', W'), or a list of as many
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers of the reconstruction losses. Raises ValueError on bad shapes
-        "The first stage: only the paraphrasers receive a gradient."
+        "The first stage: only the paraphrasers receive a gradient, and want one until the next `forward`."
         total, pairs = 0., self._pairs(student, teacher)
-        self.paraphrasers.train(self.training)
+        self.paraphrasers.requires_grad_(True).train(self.training)
         for paraphraser, (_, t) in zip(self.paraphrasers, pairs):
             with full_precision(t):
                 gap = (_run(paraphraser, t) - t).abs()
                 total = total + gap.pow(1 if self.reconstruction == 'l1' else 2).mean()
         self.paraphrasers.eval()
+        if total.requires_grad and not torch.compiler.is_compiling():
+            self._open = True
+            total.register_hook(self._close)
         return total
 
 # %% ../../nbs/losses/09_ft.ipynb #642cb071
@@ -170,13 +189,14 @@ class FT(_Prepared):
     ) -> 'FT':
         "The loss for layers of these shapes. Raises ValueError as the loss itself does."
         pairs = as_map_pairs(student, teacher, cls.__name__)
-        return cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options)
+        return beside(student, lambda: cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options))
 
     def forward(self,
         student, # (N, C_S, H, W), or a list: receives the gradient, as the translators do
         teacher, # (N, C_T, H', W'), or a list of as many: receives none, nor do the paraphrasers; N the same
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers, float32 at least. Raises ValueError on bad shapes
+        self._rest()
         layers = zip(self.translators, self.paraphrasers, self._pairs(student, teacher))
         return sum(self._one(r, p, s, t) for r, p, (s, t) in layers)
 
@@ -200,7 +220,7 @@ class FTShortcut(DistillationLoss):
         teacher, # (N, C_T, H', W'), or a list of as many: receives none; N the same
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers, float32 at least. Raises ValueError on bad shapes
-        return sum(self._one(s, t) for s, t in as_map_pairs(student, teacher, 'FTShortcut'))
+        return sum(self._one(s, t) for s, t in as_map_pairs(student, teacher, 'FTShortcut', positions=2))
 
     def _one(self, s, t):
         with full_precision(s): return _distance(attention(s), attention(t), self.p, 'mean')

@@ -6,10 +6,12 @@
 __all__ = ['KD']
 
 # %% ../../nbs/losses/01_kd.ipynb #74528428
+import math
+
 import torch
 import torch.nn.functional as F
 
-from .contract import DistillationLoss, without_graph
+from .contract import DistillationLoss, finite, without_graph
 from ..relations import full_precision
 
 # %% ../../nbs/losses/01_kd.ipynb #6044967c
@@ -20,12 +22,12 @@ class KD(DistillationLoss):
         T:float=4., # temperature, above 0; 4 in the RKD paper and in the CRD benchmark
     ):
         super().__init__()
-        if not T > 0: raise ValueError(f"KD needs a temperature above 0; got T = {T}")
+        if not (finite(T) and T > 0): raise ValueError(f"KD needs a finite temperature above 0; got T = {T}")
         self.T = T
 
     def forward(self,
-        student:torch.Tensor, # (N, C) logits, receives the gradient
-        teacher:torch.Tensor, # (N, C) logits, receives none
+        student:torch.Tensor, # (N, C) logits, C at least 2, receives the gradient
+        teacher:torch.Tensor, # (N, C) logits, receives none; -inf for a class that does not take part
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, in nats times T^2, float32 at least. Raises ValueError on bad shapes
         for name, z in (('student', student), ('teacher', teacher)):
@@ -35,9 +37,14 @@ class KD(DistillationLoss):
         if student.shape != teacher.shape or not student.shape[0]:
             raise ValueError("KD needs logits of the same samples and classes, at least one; "
                              f"got {tuple(student.shape)} and {tuple(teacher.shape)}")
+        if student.shape[1] < 2:
+            raise ValueError(f"KD of one logit a sample is 0 whatever it says; got {tuple(student.shape)}: for a binary "
+                             "network put a 0 beside it, torch.cat([torch.zeros_like(z), z], 1)")
         student, teacher = (z.float() if z.dtype.itemsize < 4 else z for z in (student, without_graph(teacher)))
         with full_precision(student):
             log_q, log_p = F.log_softmax(student / self.T, 1), F.log_softmax(teacher / self.T, 1)
+            never = log_p == -math.inf    # 0 log 0 = 0, whatever the student says there
+            log_q, log_p = log_q.masked_fill(never, 0.), log_p.masked_fill(never, 0.)
             return self.T**2 * F.kl_div(log_q, log_p, reduction='batchmean', log_target=True)
 
     def extra_repr(self): return f'T={self.T}'

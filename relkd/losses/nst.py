@@ -9,7 +9,7 @@ __all__ = ['selectivity', 'NST']
 import torch
 import torch.nn.functional as F
 
-from .contract import DistillationLoss, as_map_pairs
+from .contract import DistillationLoss, as_map_pairs, finite
 from ..relations import full_precision
 
 # %% ../../nbs/losses/11_nst.ipynb #3fede7a3
@@ -49,10 +49,10 @@ class _Kernel(DistillationLoss):
         super().__init__()
         if kernel not in ('linear', 'polynomial', 'gaussian'):
             raise ValueError(f"NST knows the kernels 'linear', 'polynomial' and 'gaussian'; got {kernel!r}")
-        if not (isinstance(degree, int) and degree >= 1 and c >= 0):
+        if not (isinstance(degree, int) and degree >= 1 and finite(c) and c >= 0):
             raise ValueError("NST needs a whole degree of at least 1 and c of at least 0; "
                              f"got degree = {degree} and c = {c}")
-        if sigma2 is not None and not sigma2 > 0: raise ValueError(f"NST needs sigma2 above 0, or None; got {sigma2}")
+        if sigma2 is not None and not (finite(sigma2) and sigma2 > 0): raise ValueError(f"NST needs sigma2 above 0, or None; got {sigma2}")
         self.kernel, self.degree, self.c, self.sigma2, self.teacher_term = kernel, degree, c, sigma2, teacher_term
 
     def _polynomial(self, x, y): return (x @ y.mT + self.c).pow(self.degree)
@@ -73,7 +73,7 @@ class NST(_Kernel):
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 2 by default, float32 at least
         "Raises ValueError on bad shapes."
-        return sum(self._one(s, t) for s, t in as_map_pairs(student, teacher, 'NST'))
+        return sum(self._one(s, t) for s, t in as_map_pairs(student, teacher, 'NST', positions=2))
 
     def _one(self, s, t):
         with full_precision(s):

@@ -8,7 +8,7 @@ __all__ = ['conditional_probabilities', 'PKT']
 # %% ../../nbs/losses/07_pkt.ipynb #155e9677
 import torch
 
-from .contract import DistillationLoss, as_pair, known_gradient
+from .contract import DistillationLoss, as_pair, finite, known_gradient
 from ..relations import full_precision
 
 # %% ../../nbs/losses/07_pkt.ipynb #8e816206
@@ -43,7 +43,7 @@ class PKT(DistillationLoss):
         if reduction not in ('mean', 'batchmean'):
             raise ValueError("PKT needs reduction 'mean' (the authors') or 'batchmean' (the divergence); "
                              f"got {reduction!r}")
-        if not eps >= 1e-7: raise ValueError(f"PKT needs an eps of at least 1e-7, float32 resolves no less; got {eps}")
+        if not (finite(eps) and eps >= 1e-7): raise ValueError(f"PKT needs an eps of at least 1e-7, float32 resolves no less; got {eps}")
         self.reduction, self.distinct, self.eps = reduction, distinct, eps
 
     def forward(self,
@@ -51,7 +51,7 @@ class PKT(DistillationLoss):
         teacher:torch.Tensor, # (N, D_T) or (N, C', H', W'): receives none; N the same
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 2 (N < 3 if distinct)
-        s, t = as_pair(student, teacher, 3 if self.distinct else 2, 'PKT(distinct=True)' if self.distinct else 'PKT')
+        s, t = as_pair(student, teacher, 3 if self.distinct else 2, 'PKT(distinct=True)' if self.distinct else 'PKT', 2)
         n = s.shape[0]
         count = n if self.reduction == 'batchmean' else n * (n - 1) if self.distinct else n * n
         with full_precision(s), torch.no_grad():

@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 
 from .angle import Sides, angle_loss, sides
-from .contract import DistillationLoss, as_pair
+from .contract import DistillationLoss, as_pair, finite
 from ..relations import pdist
 
 # %% ../../nbs/losses/00_rkd.ipynb #7086557d
-def _pair(student, teacher, least, loss):
-    if not isinstance(teacher, Sides): return as_pair(student, teacher, least, loss)
-    student, _ = as_pair(student, student, least, loss)
+def _pair(student, teacher, loss, numbers=1):
+    if not isinstance(teacher, Sides): return as_pair(student, teacher, 3, loss, numbers)
+    student, _ = as_pair(student, student, 3, loss, numbers)
     ns, nt = student.shape[0], teacher.q.shape[0]
     if ns != nt:
         raise ValueError(f"{loss} needs student and teacher embeddings of the same samples; "
@@ -41,8 +41,8 @@ class RKDDistance(_OfSides):
         student:torch.Tensor, # (N, D_S), receives the gradient
         teacher,              # (N, D_T), receives none, or its Sides; N the same
         index=None,           # not needed
-    ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 2
-        student, teacher = _pair(student, teacher, 2, 'RKDDistance')
+    ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 3
+        student, teacher = _pair(student, teacher, 'RKDDistance')
         n = student.shape[0]
         def relative(d): return d / (d.sum() / (n * (n - 1)))
         known = teacher.q.sqrt().to(student.dtype) if isinstance(teacher, Sides) else pdist(teacher)
@@ -69,8 +69,8 @@ class RKDAngle(_OfSides):
         student:torch.Tensor, # (N, D_S), receives the gradient
         teacher,              # (N, D_T), receives none, or its Sides; N the same
         index=None,           # not needed
-    ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 3
-        student, teacher = _pair(student, teacher, 3, 'RKDAngle')
+    ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes, N < 3, D_S < 2
+        student, teacher = _pair(student, teacher, 'RKDAngle', numbers=2)
         return angle_loss(student, teacher, self.distinct, self.anchors, self.compiled, self._drawn(student))
 
     def _drawn(self, student): # by torch's own random numbers: the seed of a step decides
@@ -102,6 +102,8 @@ class RKD(_OfSides):
         vertices:int=None,     # of RKDAngle
     ):
         super().__init__()
+        if not (finite(w_distance) and finite(w_angle) and (w_distance or w_angle)):
+            raise ValueError(f"RKD needs two finite weights, not both 0; got {w_distance} and {w_angle}")
         self.w_distance, self.w_angle = w_distance, w_angle
         self.distance, self.angle = RKDDistance(distinct), RKDAngle(distinct, compiled, vertices)
 
@@ -109,7 +111,7 @@ class RKD(_OfSides):
         student:torch.Tensor, # (N, D_S), receives the gradient
         teacher,              # (N, D_T), receives none, or its Sides; N the same
         index=None,           # not needed
-    ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 3 (N < 2 if w_angle is 0)
+    ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes, N < 3, D_S < 2 (unless w_angle is 0)
         loss = self.w_distance * self.distance(student, teacher)
         return loss + self.w_angle * self.angle(student, teacher) if self.w_angle else loss
 

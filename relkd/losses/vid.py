@@ -12,7 +12,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from .contract import DistillationLoss, as_map_pairs
+from .contract import DistillationLoss, as_map_pairs, beside, finite
 from ..relations import full_precision
 
 # %% ../../nbs/losses/06_vid.ipynb #48f4b755
@@ -59,7 +59,7 @@ class _Gaussians(DistillationLoss):
     ):
         super().__init__()
         sizes = _sizes(in_channels, out_channels, mid_channels)
-        if not 0 < eps < init_variance < float('inf'):
+        if not (finite(eps) and finite(init_variance) and 0 < eps < init_variance):
             raise ValueError(f"VID needs 0 < eps < init_variance; got eps = {eps} and init_variance = {init_variance}")
         self.regressors = nn.ModuleList(_regressor(*of_layer) for of_layer in zip(*sizes))
         start = init_variance - eps
@@ -86,7 +86,7 @@ class VID(_Gaussians):
     ) -> 'VID':
         "The loss for layers of these shapes. Raises ValueError as the loss itself does."
         pairs = as_map_pairs(student, teacher, cls.__name__, embeddings=True)
-        return cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options)
+        return beside(student, lambda: cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options))
 
     def forward(self,
         student, # (N, C_S, H, W) or (N, D_S), or a list: receives the gradient

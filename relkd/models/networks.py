@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..ground import nearest
 from ..heads import CosineLinear
+from ..modes import evaluating
 
 # %% ../../nbs/lab/01_models.ipynb #d597f105
 def _shortcut(cin, cout, stride):
@@ -468,11 +469,7 @@ def flops(
     shape:tuple,     # (C, H, W) of one image
 ) -> int: # multiply-adds of its convolutions and products; floating-point operations are twice as many
     "Multiply-adds of one forward pass of one image, counted by PyTorch's FlopCounterMode."
-    modes, p = [(m, m.training) for m in model.modules()], next(model.parameters())
-    try:
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model.eval()(torch.zeros(1, *shape, dtype=p.dtype, device=p.device))
-    finally:
-        for m, training in modes:
-            m.training = training
+    p = next(model.parameters())
+    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *shape, dtype=p.dtype, device=p.device))
     return counter.get_total_flops() // 2

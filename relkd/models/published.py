@@ -16,7 +16,8 @@ from torch import nn
 
 from ..ground import nearest, write_atomically
 from .networks import create
-from .weights import bare, misfit
+from .names import candidates, load_into, outside
+from .weights import bare, misfit, opened
 
 # %% ../../nbs/lab/01_published.ipynb #24d27e85
 def _half(tensors):
@@ -92,7 +93,7 @@ def save(
     if not re.fullmatch(r'\w[\w.+-]*(/\w[\w.+-]*)*', name):
         raise ValueError(f"weights are published under a name like 'cifar100/resnet50'; got {name!r}")
     tensors = _half(bare(net.state_dict()))
-    if wrong := misfit(tensors, create(network, classes, channels, **(options or {}))):
+    if wrong := misfit(tensors, create(network, classes, channels, **(options or {})).state_dict()):
         raise ValueError(f"the weights do not fit {_is(network, classes, channels)} ({wrong}): "
                          "name the network that they were trained in")
     path = Path(folder) / f'{name}.json'
@@ -141,12 +142,28 @@ def manifest(
                          "get it again, or publish the network again") from None
     return m
 
+# %% ../../nbs/lab/01_published.ipynb #1dd5533d
+def _of_file(path, network, classes, renames):
+    "A network filled from anybody's file."
+    found = opened(path)
+    if not network:
+        fits = ' or '.join(candidates(found)) or 'none of relkd.models'
+        raise ValueError(f"{path} is a file of weights: name its network, load({str(path)!r}, network=...); "
+                         f"by names and shapes it is {fits}")
+    outputs, channels = outside(found)
+    return load_into(create(network, classes or outputs, channels), path, renames=renames)
+
 # %% ../../nbs/lab/01_published.ipynb #new-load
 def load(
-    name:str,    # 'cifar100/resnet50'
-    folder=None, # as `manifest` takes it
+    name:str,         # 'cifar100/resnet50', or with `network` a file that somebody else made: 'resnet20.pth'
+    folder=None,      # as `manifest` takes it
+    network:str=None, # of a file: its name for `create`
+    classes:int=None, # of a file: as many as its last layer puts out by default
+    renames=(),       # of a file: as `load_into` takes it
 ) -> nn.Module: # in float32, in evaluation mode. Raises ValueError as `manifest` does, for a bad part, and for a misfit
     "The published network of that name, every part checked by its hash. What to feed it stands in its manifest."
+    if network or Path(name).expanduser().is_file():
+        return _of_file(name, network, classes, renames).eval()
     from safetensors import SafetensorError
     from safetensors.torch import load as from_bytes
     m, tensors, again = manifest(name, folder), {}, 'get it again, or publish the network again'
@@ -164,7 +181,7 @@ def load(
             raise ValueError(f"part {p['name']} of {name} is no safetensors file ({error}): "
                              "publish the network again") from None
     net = create(m['network'], m['classes'], m['channels'], **m.get('options', {}))
-    if wrong := misfit(tensors, net):
+    if wrong := misfit(tensors, net.state_dict()):
         asked = _is(m['network'], m['classes'], m['channels'])
         raise ValueError(f"the weights of {name} do not fit {asked} ({wrong}): publish the network again")
     net.load_state_dict(tensors)

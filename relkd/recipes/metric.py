@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['ON_SPHERE', 'PHOTOGRAPHS', 'metric_cub', 'metric_cars', 'metric_sop', 'metric_cub_gen1', 'metric_cub_gen2',
-           'FROM_SCRATCH', 'metric_cifar100', 'metric_cifar100_sizes', 'metric_cifar100_gen1', 'metric_cifar100_gen2',
-           'metric_omniglot', 'metric_omniglot_five', 'weights_classification', 'weights_retrieval', 'on_embedding',
-           'rkd_da', 'paper_rows', 'adam', 'self_distilled', 'five_drawings', 'weight_rows', 'unseen_digits']
+           'FROM_SCRATCH', 'metric_cifar100', 'FINE_TUNED', 'D_AND_A', 'metric_cifar100_start', 'metric_cifar100_sizes',
+           'metric_cifar100_gen1', 'metric_cifar100_gen2', 'metric_omniglot', 'metric_omniglot_five',
+           'weights_classification', 'weights_retrieval', 'on_embedding', 'rkd_da', 'paper_rows', 'adam',
+           'self_distilled', 'five_drawings', 'weight_rows', 'unseen_digits']
 
 # %% ../../nbs/tables/05_metric_learning.ipynb #44b636eb
 from dataclasses import replace
@@ -112,8 +113,9 @@ def self_distilled(
     "A student of the teacher's own kind and width, off the sphere, RKD alone (Table 2)."
     before = (of.name, 'Teacher') if generation == 1 else (f'{of.name}-gen{generation - 1}', 'RKD-DA')
     off = dict(size=of.task.teacher_size, teacher_l2=of.task.teacher_l2 and generation == 1)
-    made = replace(of, teacher_weights=before, student=of.teacher, task=replace(of.task, **off), rows=(Row('RKD-DA', rkd_da(), task=0.),),
-                   quoted={}, baseline='Teacher')
+    starts = {'student': of.starts['teacher']} if of.starts else {}
+    made = replace(of, teacher_weights=before, starts=starts, student=of.teacher, task=replace(of.task, **off),
+                   rows=(Row('RKD-DA', rkd_da(), task=0.),), quoted={}, baseline='Teacher')
     return replace(made, **changes)
 
 metric_cub_gen1 = self_distilled(
@@ -174,23 +176,44 @@ metric_cifar100 = Recipe(
         'the multi-similarity loss',
 )
 
+# %% ../../nbs/tables/05_metric_learning.ipynb #f5490f0c
+FINE_TUNED = replace(FROM_SCRATCH, epochs=4, lr=1e-3)
+D_AND_A = rkd_da()
+
+metric_cifar100_start = replace(
+    metric_cifar100,
+    name='metric/cifar100-start',
+    title='Retrieval on CIFAR-100 by networks that begin with Tiny ImageNet',
+    task=replace(metric_cifar100.task, teacher_metric=''),
+    starts={'teacher': ('tinyimagenet/cpu', 'Teacher'), 'student': ('tinyimagenet/cpu', 'Baseline')},
+    rows=metric_cifar100.rows + (
+        Row('RKD-D, l2', D_AND_A[:1], task=0., changes=ON_SPHERE),
+        Row('RKD-A, l2', D_AND_A[1:], task=0., changes=ON_SPHERE),
+    ),
+    schedule=FINE_TUNED,
+    teacher_schedule=FINE_TUNED,
+    eval_every=4,
+    cut='Tiny ImageNet at 32 x 32 instead of ImageNet to begin with, networks for CIFAR; 400 steps of each network',
+)
+
 # %% ../../nbs/tables/05_metric_learning.ipynb #3dddedf1
 metric_cifar100_sizes = replace(
-    metric_cifar100,
+    metric_cifar100_start,
     name='metric/cifar100-sizes',
     title='Retrieval on CIFAR-100: the width of the embedding',
-    teacher_weights=('metric/cifar100', 'Teacher'),
+    teacher_weights=('metric/cifar100-start', 'Teacher'),
+    seeds=(0, 1, 2),
     rows=tuple(Row(f'{name} {size}', terms, task, changes={'size': size, 'l2': not terms})
                for size in (16, 32, 128) for name, terms, task in (('Triplet', (), 1.), ('RKD-DA', rkd_da(), 0.))),
 )
 metric_cifar100_gen1 = self_distilled(
-    metric_cifar100,
+    metric_cifar100_start,
     generation=1,
     name='metric/cifar100-gen1',
     title='Retrieval on CIFAR-100: a network taught by its like, generation 1',
 )
 metric_cifar100_gen2 = self_distilled(
-    metric_cifar100,
+    metric_cifar100_start,
     generation=2,
     name='metric/cifar100-gen2',
     title='Retrieval on CIFAR-100: a network taught by its like, generation 2',

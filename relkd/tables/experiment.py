@@ -19,6 +19,7 @@ from ..distill import Objective, Row
 from ..features import Features
 from ..ground import digest
 from ..models import create
+from ..modes import evaluating
 from ..records import cell_name, read_record, record_path
 from .described import called, described
 from .recipe import Recipe
@@ -38,15 +39,15 @@ def memory_format(
 def _of_file(path):
     if isinstance(path, tuple):                               # a row of another recipe
         return {'recipe': path[0], 'row': path[1]}
-    path = Path(path)
-    return {'file': path.name, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()[:12]}
+    file = Path(path).expanduser()
+    return {'file': file.name, 'sha256': hashlib.sha256(file.read_bytes()).hexdigest()[:12], **described(getattr(path, 'decides', {}))}
 
 def _check_images(net, name, data):
     "Images that a network cannot take are said now, not after hours."
     images = data.images[:1]
     try:
-        with torch.no_grad():
-            net.eval()(data.normalise(images))
+        with torch.no_grad(), evaluating(net):
+            net(data.normalise(images))
     except RuntimeError as error:
         size = ' x '.join(map(str, images.shape[1:]))
         raise ValueError(f"network {name!r} cannot take images of {size} ({str(error).splitlines()[0]}): "
@@ -83,6 +84,7 @@ class _Bound:
         recipe.check(session.root)
         self.fabric = session.fabric(self.precision)
         self.weights = _of_file(recipe.teacher_weights) if recipe.teacher_weights else None
+        self.starts = {which: _of_file(weights) for which, weights in recipe.starts.items()}
         own = callable(recipe.data)
         data = recipe.data() if own else load(recipe.data, session.root, **recipe.data_options)
         for task in recipe.tasks:
@@ -136,6 +138,8 @@ class _Decided(_Bound):
                 'task': described(row.learns(task)), 'data': {'fingerprint': self.data.fingerprint, **r.data_options},
                 'network': described(r.teacher if teacher else r.student), 'eval_every': r.eval_every, 'cut': r.cut,
                 'schedule': described(r.of_teacher if teacher else r.schedule), 'precision': self.precision}
+        if start := self.starts.get('teacher' if teacher else 'student'):
+            mine['start'] = start
         if teacher:
             return mine | ({'weights': self.weights} if self.weights else {})
         return mine | {'teacher': digest(self.teacher_protocol(task, stream))}

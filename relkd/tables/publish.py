@@ -16,6 +16,7 @@ from ..models import manifest, rounded, save
 from ..records import environment, load_records, record_path
 from .recipe import Recipe, called
 from .run import Experiment
+from .teacher import fed, inputs_of
 from ..train.session import Session
 
 # %% ../../nbs/lab/34_publish.ipynb #b8cf6cb7
@@ -34,6 +35,10 @@ def _finished(experiment):
                          f"{len(wanted)} are not in {e.session.out} or of another protocol ({cells}): run the recipe to its end first")
     return [(p, records[digest(p)]) for p in wanted]
 
+def _given(experiment, record):
+    "Where the network of a cell came from, if it was not trained here."
+    return experiment.recipe.teacher_weights if record['row'] == 'Teacher' else None
+
 def _weights_of(experiment, of, task, protocol, record):
     "The network of a finished cell. Raises ValueError if its weights are missing, or belong to another record."
     e, what = experiment, f"{record['row']} seed {record['seed']} of {experiment.recipe.name}"
@@ -44,7 +49,7 @@ def _weights_of(experiment, of, task, protocol, record):
     if saved['record'] != record:
         raise ValueError(f"the record of {what} in {e.session.out}/records is not that of its checkpoint: run "
                          "the recipe again, which writes the records of its checkpoints")
-    net = e.network(of, task, 0)
+    net = fed(e.network(of, task, 0), _given(e, record), e.data)
     net.load_state_dict(saved['model'])
     return net
 
@@ -57,7 +62,7 @@ def _tested(net, task, data):
 def _about(experiment, task, net, record, chosen):
     "What a manifest says of weights: how they were made, how good they are, what to feed them."
     e, path = experiment, record_path(experiment.session.out, record)
-    mean, std = (m.flatten().tolist() for m in e.data.mean_std)
+    mean, std = (m.flatten().tolist() for m in inputs_of(_given(e, record), e.data))
     source = {'path': path.relative_to(e.session.out).as_posix(), 'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
               'run': record['run'], 'accuracy': record['last']}
     return {'data': e.data.name, 'fingerprint': e.data.fingerprint, 'test': task.headline, 'accuracy': _tested(net, task, e.data),

@@ -34,7 +34,8 @@ class _Fields:
     vary:dict=field(default_factory=dict)         # field of the task -> its values: {'shot': (1, 5)}
     teacher:object              # name of a network, or a function (outputs, channels) -> nn.Module
     student:object              # likewise
-    teacher_weights:object=None # file of a trained teacher, or (recipe, row) whose network it is: tested, not trained
+    teacher_weights:object=None # file of a trained teacher or a TeacherFile, or (recipe, row) whose network it is: tested, not trained
+    starts:dict=field(default_factory=dict)       # 'teacher', 'student' -> file, or (recipe, row), whose weights it begins with
     rows:tuple                  # of Row
     schedule:Schedule           # of the students
     teacher_schedule:Schedule=None # of the teacher; by default the students'
@@ -56,6 +57,8 @@ class _Fields:
         known = {f.name for f in fields(self.task)}
         if unknown := [k for k in self.vary if k not in known]:
             raise ValueError(nearest(f'field of {type(self.task).__name__} to vary', unknown[0], known))
+        if unknown := [k for k in self.starts if k not in ('teacher', 'student')]:
+            raise ValueError(nearest(f'network of {self.name} that starts', str(unknown[0]), ('teacher', 'student')))
 
 # %% ../../nbs/lab/30_recipe.ipynb #211e7dbf
 class _Places(_Fields):
@@ -136,12 +139,31 @@ def _lines(recipe):
         yield f'for each {axis} of', ', '.join(map(str, values))
     yield 'teacher', f'{called(r.teacher)}; {given}'
     yield 'student', f'{called(r.student)}; {r.schedule}'
+    for which, weights in r.starts.items():
+        yield f'{which} starts from', f'{_named(weights)}, all but its last layer'
     yield 'precision', r.precision or 'bf16 on a GPU, 32 on a CPU'
     yield 'seeds', f"{', '.join(map(str, r.seeds))}; {repeat}"
     for row in r.rows:
         yield f'row {row.name}', row.in_words(r.task.loss_name)
     if r.cut:
         yield 'cut down', r.cut
+
+# %% ../../nbs/lab/30_recipe.ipynb #2876cd77
+def _check_weights(weights, whose, otherwise):
+    if isinstance(weights, tuple):
+        recipe(weights[0])
+    elif weights and not Path(weights).expanduser().exists():
+        raise ValueError(f"no file {weights} of the {whose} weights: name the file, or {otherwise}")
+
+def _check_names(r, root):
+    for network in (r.teacher, r.student):
+        if isinstance(network, str) and not any(re.fullmatch(p, network) for p in FAMILIES):
+            raise ValueError(nearest('network', network, EXAMPLES))
+    if isinstance(r.data, str):
+        check_name(r.data, root)
+    _check_weights(r.teacher_weights, "teacher's", 'let the teacher be trained')
+    for which, weights in r.starts.items():
+        _check_weights(weights, f"{which}'s first", 'let it start at random')
 
 # %% ../../nbs/lab/30_recipe.ipynb #fdbb62ca
 class Recipe(_Places):
@@ -174,16 +196,8 @@ class Recipe(_Places):
     def check(self,
         root=None, # where the data are looked for
     ):
-        "Raise ValueError now, before anything is read or trained, for a network or a data set that is not there."
-        for network in (self.teacher, self.student):
-            if isinstance(network, str) and not any(re.fullmatch(p, network) for p in FAMILIES):
-                raise ValueError(nearest('network', network, EXAMPLES))
-        if isinstance(self.data, str):
-            check_name(self.data, root)
-        if isinstance(self.teacher_weights, tuple):
-            recipe(self.teacher_weights[0])
-        elif self.teacher_weights and not Path(self.teacher_weights).exists():
-            raise ValueError(f"no file {self.teacher_weights} of the teacher's weights: name the file, or let the teacher be trained")
+        "Raise ValueError now, before anything is read or trained, for a network, data or weights that are not there."
+        _check_names(self, root)
 
     def __str__(self): return '\n'.join(f'{k:22} {v}' for k, v in _lines(self))
 

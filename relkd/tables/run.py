@@ -13,11 +13,13 @@ from torch import nn
 from ..checkpoints import drop_checkpoint, hold, load_checkpoint, save_checkpoint
 from ..distill import Row
 from ..ground import check_writable, digest, teacher_seed
-from ..models import create, load_into, weights_hash
+from ..models import create, read_weights, weights_hash
+from ..models.weights import start_from
 from ..records import environment, make_record, write_record
 from .experiment import Experiment, cell, clear_orphans, of_earlier_version, refuse_others
 import relkd.tables.recipe as recipes
 from .recipe import Recipe
+from .teacher import as_teacher, compare, fed, taken
 from ..train.learner import Learner
 from ..train.loop import fit
 from ..train.session import Saver, Session
@@ -34,10 +36,10 @@ def _finished(experiment, protocol):
     experiment.session.records.append(record)
     return saved['model']
 
-def _finish(experiment, task, protocol, model, epochs, teacher, **cost):
+def _finish(experiment, task, protocol, model, epochs, teacher, tests=None, **cost):
     "Test a trained network, and write its record and its checkpoint."
     e = experiment
-    tests = task.test(model, e.data)
+    tests = tests or task.test(model, e.data)
     cost |= {'processes': e.fabric.world_size, 'weights': weights_hash(model.state_dict()), 'teacher_weights': teacher}
     record = make_record(cell(e, protocol), digest(protocol), protocol, task.headline, tests, epochs, e.fabric.device, **cost)
     if e.fabric.is_global_zero:
@@ -61,30 +63,50 @@ def _train(experiment, learners, protocols, asked, schedule, stream, label, teac
     if e.fabric.is_global_zero:
         drop_checkpoint(saver.path)
 
+# %% ../../nbs/lab/32_run.ipynb #3c40da89
+def _begin(experiment, which, nets):
+    "Fill networks with the weights that a recipe lets its teacher or its students start from, if it does."
+    r, s = experiment.recipe, experiment.session
+    given = r.starts.get(which)
+    if not given or not nets:
+        return
+    if isinstance(given, tuple):
+        other = recipes.recipe(given[0])
+        tensors = trained(other, given[1], other.seeds[0], Session(out=s.out, device=s.device, root=s.root)).state_dict()
+    else:
+        tensors = read_weights(given)
+    for net in nets:
+        start_from(net, tensors)
+
 # %% ../../nbs/lab/32_run.ipynb #ec02821a
-def _given(experiment, group, net):
-    "A teacher that is not trained here: from a file, or the row of another recipe with the same seed."
+def _given(experiment, group, task, net):
+    "A teacher that is not trained here: from a file, or the row of another recipe with the same seed. Gives its tests."
     e, s = experiment, experiment.session
     given = e.recipe.teacher_weights
     if isinstance(given, tuple):
         of = trained(recipes.recipe(given[0]), given[1], group.stream, Session(out=s.out, device=s.device, root=s.root))
         net.load_state_dict(of.state_dict())
-    else:
-        load_into(net, given)
+        return task.test(net, e.data)
+    given = as_teacher(given)
+    found, tests = taken(net, given, e.data), task.test(net, e.data)
+    if given.accuracy is not None or task.headline == 'top-1':
+        compare(given, found, tests[task.headline]['accuracy'], e.data.counts.get('test', 1))
+    return tests
 
 def _teacher(experiment, group):
     "The teacher of a group: found, given, or trained."
     e, r = experiment, experiment.recipe
     task, protocol = group.task.for_teacher(), e.teacher_protocol(group.task, group.stream)
-    net = e.network(r.teacher, task, teacher_seed(group.stream))
+    net = fed(e.network(r.teacher, task, teacher_seed(group.stream)), r.teacher_weights, e.data)
     if any(record['run'] == digest(protocol) for record in e.session.records):
         net.load_state_dict(load_checkpoint(e.path(protocol), digest(protocol))['model'])
     elif weights := _finished(e, protocol):
         net.load_state_dict(weights)
     elif r.teacher_weights:
-        _given(e, group, net)
-        _finish(e, task, protocol, net, [], None, seconds=0., trained_beside=0, images_per_second=0.)
+        tests = _given(e, group, task, net)
+        _finish(e, task, protocol, net, [], None, tests, seconds=0., trained_beside=0, images_per_second=0.)
     else:
+        _begin(e, 'teacher', [net])
         learner = Learner(net, Row('Teacher'), r.of_teacher, group.stream, task)
         stream = task.stream(e.data, r.of_teacher, teacher_seed(group.stream), teacher=True, draw=group.stream)
         _train(e, [learner], [protocol], [protocol], r.of_teacher, stream, f'{group.label}teacher')
@@ -99,7 +121,9 @@ def _students(experiment, group, teacher):
     if not missing:
         return
     tasks = {row.name: row.learns(group.task) for row in r.rows}
-    learners = [Learner(e.network(r.student, tasks[row.name], seed), row, r.schedule, seed, tasks[row.name]) for row, seed, _ in missing]
+    nets = [e.network(r.student, tasks[row.name], seed) for row, seed, _ in missing]
+    _begin(e, 'student', nets)
+    learners = [Learner(net, row, r.schedule, seed, tasks[row.name]) for net, (row, seed, _) in zip(nets, missing)]
     stream = group.task.stream(e.data, r.schedule, group.stream, teacher=False, draw=group.stream)
     label = f'{group.label}{len(learners)} student{"s" * (len(learners) > 1)}'
     _train(e, learners, [p for *_, p in missing], [p for *_, p in cells], r.schedule, stream, label, teacher)
@@ -152,6 +176,6 @@ def trained(
             of, task = (recipe.teacher if row == 'Teacher' else recipe.student), learns(task)
             net = create(of, task.outputs(e.data), e.data.channels)
             net.load_state_dict(saved['model'])
-            return net.eval()
+            return fed(net, recipe.teacher_weights if row == 'Teacher' else None, e.data).eval()
     raise ValueError(f"no finished run of row {row!r}, seed {seed}{''.join(f', {k} {v}' for k, v in variant.items())} "
                      f"in {e.folder}: run {recipe.name} first")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ..data import Batches, few_per_class
+from ..modes import evaluating
 from .task import Task
 
 # %% ../../nbs/tasks/01_classify.ipynb #2912afcd
@@ -27,7 +28,7 @@ def accuracy(
     if not 1 <= min(topk) <= max(topk) <= logits.shape[1]:
         raise ValueError(f"accuracy needs k from 1 to the {logits.shape[1]} classes; got topk = {topk}")
     hit = logits.topk(max(topk), dim=1).indices == targets[:, None]
-    return [100 * hit[:, :k].any(1).double().mean().item() for k in topk]
+    return [100 * (int(hit[:, :k].any(1).sum()) / len(hit)) for k in topk]    # counts: not every device has float64
 
 # %% ../../nbs/tasks/01_classify.ipynb #b8c798e4
 @torch.no_grad()
@@ -37,14 +38,9 @@ def evaluate(
     batch_size:int=1024,   # memory only; the result does not depend on it
 ) -> float: # per cent
     "Top-1 accuracy on all test images, in evaluation mode and float32; every layer's mode is restored."
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         parts = data.test_images.split(batch_size)
         logits = torch.cat([model(data.normalise(x)).float() for x in parts])
-    finally:
-        for module, training in modes:
-            module.training = training
     return accuracy(logits, data.test_labels)[0]
 
 # %% ../../nbs/tasks/01_classify.ipynb #76025311

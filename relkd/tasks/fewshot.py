@@ -15,6 +15,7 @@ from torch import nn
 import torch.nn.functional as F
 
 from ..data.episodes import ByClass, Episodes, by_class, check_episodes, draw_episodes, episode_labels
+from ..modes import evaluating
 from ..relations import full_precision
 from .task import Task
 
@@ -71,13 +72,8 @@ def embed(
     batch_size:int=128,    # memory and speed only
 ) -> torch.Tensor: # (n, D)
     "Every image once, in evaluation mode; the mode of every layer is restored."
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         return torch.cat([model(data.normalise(part)) for part in images.split(batch_size)])
-    finally:
-        for module, training in modes:
-            module.training = training
 
 # %% ../../nbs/tasks/02_fewshot.ipynb #efe9a548
 @torch.no_grad()

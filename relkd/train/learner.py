@@ -7,7 +7,6 @@ __all__ = ['Learner']
 
 # %% ../../nbs/lab/13_learner.ipynb #ff69edd4
 import math
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -15,21 +14,10 @@ from torch import nn
 from ..distill import Look, Objective, Row
 from ..features import Features
 from ..ground import seeded, step_seed
+from ..modes import evaluating
 from ..tasks.task import Task
 from .processes import average_gradients, gathered
 from .schedule import Schedule
-
-# %% ../../nbs/lab/13_learner.ipynb #d2ac8b59
-@contextmanager
-def _evaluated(model):
-    "In evaluation mode for a while; each layer goes back to its own mode."
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 # %% ../../nbs/lab/13_learner.ipynb #b40af817
 class _Parts:
@@ -53,7 +41,7 @@ class _Parts:
         labels=None,     # (n,) of all training samples
     ):
         "Make the losses with their trainable parts, and the optimiser of the first stage."
-        with _evaluated(self.model), torch.random.fork_rng(devices=[]), torch.no_grad():
+        with evaluating(self.model), torch.random.fork_rng(devices=[]), torch.no_grad():
             torch.manual_seed(self.seed)
             self.objective.build(self.read(x), teacher.features, labels).to(x.device)
         self._new_optimiser()
@@ -64,8 +52,11 @@ class _Parts:
             loss.split(rank, processes)
 
     def _new_optimiser(self):
-        parameters = [p for p in (*self.model.parameters(), *self.objective.parameters()) if p.requires_grad]
-        self.optimiser = self.schedule.make(parameters)
+        own = [p for p in self.model.parameters() if p.requires_grad]
+        if not own:
+            raise ValueError(f"row {self.row.name!r} has nothing to train: every parameter of its student is frozen; "
+                             "give some of them requires_grad_(True)")
+        self.optimiser = self.schedule.make([*own, *self.objective.parameters()])
 
 # %% ../../nbs/lab/13_learner.ipynb #dd9d2be7
 class _Staged(_Parts):

@@ -7,6 +7,7 @@ __all__ = ['Moment', 'moments', 'Together', 'fit']
 
 # %% ../../nbs/lab/14_fit.ipynb #e9f4bfed
 import time
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from ..distill import Look
 from ..features import Features
 from ..ground import stage_stream
+from ..modes import evaluating, learning
 from .processes import asked_by_any, gathered, share
 from .session import Saver, Session, Stdout, Stopped
 
@@ -46,7 +48,8 @@ class _Looking:
             raise ValueError(f"row {needy[0].row.name!r} compares with a teacher; pass teacher=")
         self.learners, self.fabric, self.task = learners, fabric, learners[0].task.for_teacher()
         layers = [n for l in needy for n in l.objective.teacher_layers]
-        self._read = Features(teacher.eval().requires_grad_(False), layers) if needy else None
+        self._teachers = [teacher] if needy else []
+        self._read = Features(teacher, layers) if needy else None
 
     def _features(self, x):
         if self._read is None:
@@ -74,15 +77,21 @@ class _Ready(_Looking):
             raise ValueError(f"{fabric.world_size} processes cannot share a batch of {stream.batch_size} evenly: "
                              "choose a multiple")
         self.stream, example = stream, next(stream.epoch(0))[1][:2]      # two images, for the shapes
-        features = self._features(example)
+        with evaluating(*self._teachers):
+            features = self._features(example)
         for l in learners:
             l.build(example, Look(features), stream.labels)
             l.split(fabric.global_rank, fabric.world_size)
-            l.model.train()
 
 # %% ../../nbs/lab/14_fit.ipynb #ea5c7764
 class Together(_Ready):
     "Learners side by side with their teacher, built and ready to step. Raises ValueError without a teacher that a row needs."
+    @contextmanager
+    def under_way(self):
+        "Inside, the students learn and the teacher is in evaluation; afterwards every layer's mode is as before."
+        with learning(*(l.model for l in self.learners)), evaluating(*self._teachers):
+            yield
+
     def step(self,
         moment:Moment,
         b:int,  # number of the batch in its epoch
@@ -170,7 +179,8 @@ def fit(
     saver:Saver=None,       # checkpoints, to go on from if there is one
     names=None,             # of the learners, for the checkpoint; by default their numbers
 ) -> float: # seconds, those before an interruption included
-    "Train learners side by side, the teacher's pass computed once for all. Raises ValueError as `Together`, Stopped at a checkpoint."
+    """Train learners side by side, the teacher's pass computed once for all. Afterwards every layer's mode is as before.
+    Raises ValueError as `Together`, Stopped at a checkpoint."""
     session = session or Session(device=next(learners[0].model.parameters()).device.type, precision='32')
     data = getattr(stream, 'data', None) if data is None else data
     names = [str(k) for k in range(len(learners))] if names is None else names
@@ -178,8 +188,9 @@ def fit(
     side_by_side, course = Together(learners, stream, teacher, fabric), moments(learners, epochs)
     walk = _Walk(learners, names, session, fabric, saver)
     todo, hidden = course[walk.at:], not session.progress or not fabric.is_global_zero
-    with tqdm(total=len(course), initial=walk.at, desc=label, unit='epoch', disable=hidden, file=Stdout(), ascii=' #', ncols=96,
-              mininterval=.5) as bar:
+    bar = tqdm(total=len(course), initial=walk.at, desc=label, unit='epoch', disable=hidden, file=Stdout(), ascii=' #', ncols=96,
+               mininterval=.5)
+    with bar, side_by_side.under_way():
         for moment in todo:
             _steps(walk, side_by_side, moment)
             watch = moment.stage is None and ((moment.epoch + 1) % eval_every == 0 or walk.at + 1 == len(course))

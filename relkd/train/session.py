@@ -30,7 +30,8 @@ def chosen_device(
 ) -> str: # 'cpu' or 'cuda'. Raises ValueError for an unknown one, and for a GPU where there is none
     "'auto' is CUDA where there is one, else the CPU."
     if device not in DEVICES:
-        raise ValueError(f"device is 'auto', 'cpu' or 'cuda'; got {device!r}")
+        why = ", whose random numbers a step cannot set here; the losses run there in a loop of your own" if device == 'mps' else ''
+        raise ValueError(f"device is 'auto', 'cpu' or 'cuda'; got {device!r}{why}")
     there = torch.cuda.is_available()
     if device == 'cuda' and not there:
         raise ValueError("device 'cuda' was asked for, but this PyTorch sees no GPU: use 'cpu' or 'auto'")
