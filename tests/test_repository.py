@@ -222,16 +222,13 @@ def test_version_is_one():
     assert relkd.__version__ == cfg["DEFAULT"]["version"]
 
 
-LONGER = {"fdbb62ca": 43}     # the methods of Recipe in nbs/lab/30_recipe.ipynb
-
-
 @pytest.mark.parametrize("notebook", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/**/*.ipynb")
                                             if ".ipynb_checkpoints" not in p.parts))
 def test_cells_show_one_idea(notebook):
     import nbformat
 
     cells = [c for c in nbformat.read(ROOT / notebook, as_version=4).cells if c.cell_type == "code"]
-    long = {c.id: n for c in cells if (n := len(c.source.strip().splitlines())) > LONGER.get(c.id, 40)}
+    long = {c.id: n for c in cells if (n := len(c.source.strip().splitlines())) > 40}
     assert not long, (f"more than 40 lines in cells {long} of {notebook}: "
                       "take out what stands on its own, with prose before it and an output after it")
     wide = {c.id: n for c in cells if (n := max(map(len, c.source.splitlines()), default=0)) > 140}

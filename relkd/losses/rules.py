@@ -152,6 +152,7 @@ def without_float64(asked):
         narrow = step(asked)
     return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item()) for a, b in zip(narrow, step(asked)))
 
+# %% ../../nbs/losses/23_rules.ipynb #164dcc74
 def deterministic(asked):
     "No adaptive pooling in the backward pass of maps whose sizes divide."
     names, n = set(), len(asked.student)
@@ -161,6 +162,7 @@ def deterministic(asked):
         step(asked, student=sized(asked.student, 4), teacher=sized(asked.teacher, 2))
     return not any('adaptive' in n and 'backward' in n for n in names)
 
+# %% ../../nbs/losses/23_rules.ipynb #ad08349c
 def beside_the_example(asked):
     "Parameters and buffers from an example on another device are there."
     kind = type(asked.make())
