@@ -189,6 +189,7 @@ metric_cifar100_start = replace(
     rows=metric_cifar100.rows + (
         Row('RKD-D, l2', D_AND_A[:1], task=0., changes=ON_SPHERE),
         Row('RKD-A, l2', D_AND_A[1:], task=0., changes=ON_SPHERE),
+        Row('Regression, l2', (on_embedding('FitNet', 100.),), task=0., changes=ON_SPHERE),
     ),
     schedule=FINE_TUNED,
     teacher_schedule=FINE_TUNED,
