@@ -327,8 +327,8 @@ given_pair = torch.rand(4, 3), torch.rand(4, 5)
 
 
 ERRORS = [
-    (lambda: CRD(0, 5, 20), "CRD needs in_features, out_features and negatives of at least 1, feat_dim and samples of at least 2, in this order: in, out, feat_dim, negatives, samples; got 0, 5, 128, 16384 and 20"),
-    (lambda: CRD(3, 5, 1), "got 3, 5, 128, 16384 and 1"),
+    (lambda: CRD(0, 5, 20), "CRD needs in_features, out_features and negatives of at least 1, feat_dim and samples of at least 2; got 0, 5, 16384, 128 and 20"),
+    (lambda: CRD(3, 5, 1), "got 3, 5, 16384, 128 and 1"),
     (lambda: CRD(3, 5, 20, T=0), "CRD needs T above 0, momentum from 0 to below 1 and eps of at least 0; got 0, 0.5 and 1e-07"),
     (lambda: CRD(3, 5, 20, momentum=1), "got 0.07, 1 and 1e-07"),
     (lambda: CRD(3, 5, 20, classes=torch.rand(20)), r"got \(20,\), torch.float32"),

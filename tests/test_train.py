@@ -300,7 +300,7 @@ def test_checkpoints_are_written_at_intervals(tmp_path):
     (lambda: make_fabric("tpu"), "device is 'auto', 'cpu' or 'cuda'; got 'tpu'"),
     (lambda: chosen_precision("cpu", "fp8"), "precision is '32' or 'bf16'; got 'fp8'"),
     (lambda: fit([Learner(Tiny(10), PAPER_ROWS[1], PLAN)], stream(), 1), "row 'RKD-D' compares with a teacher; pass teacher="),
-    (lambda: fit([Learner(Tiny(10), PAPER_ROWS[2], PLAN)], Batches(few_digits(), 2, 0, torch.arange(4)), 1, teacher()), "RKDAngle needs at least 3 samples in a batch; got N = 2"),
+    (lambda: fit([Learner(Tiny(10), PAPER_ROWS[2], PLAN)], Batches(few_digits(), 2, 0, torch.arange(4)), 1, teacher()), "RKDDistance needs at least 3 samples in a batch; got N = 2"),
     (lambda: Learner(Tiny(10), Row("x", (Term("RKD", 1., "layer5"),)), PLAN), "unknown layer of Tiny 'layer5'"),
 ])
 def test_errors_are_one_line(call, message):
