@@ -79,9 +79,8 @@ def _numbers(name, shape, index, s, samples):
 def _checked(in_features, out_features, samples, feat_dim, negatives, T, momentum, classes, eps):
     "`classes` as a tensor, or None. Raises ValueError for options of CRD that cannot be."
     if min(in_features, out_features, negatives) < 1 or min(feat_dim, samples) < 2:
-        raise ValueError("CRD needs in_features, out_features and negatives of at least 1, feat_dim and samples of at "
-                         "least 2, in this order: in, out, feat_dim, negatives, samples; "
-                         f"got {in_features}, {out_features}, {feat_dim}, {negatives} and {samples}")
+        raise ValueError("CRD needs in_features, out_features and negatives of at least 1, feat_dim and samples of at least 2; "
+                         f"got {in_features}, {out_features}, {negatives}, {feat_dim} and {samples}")
     if not (all(map(finite, (T, momentum, eps))) and T > 0 and 0 <= momentum < 1 and eps >= 0):
         raise ValueError("CRD needs T above 0, momentum from 0 to below 1 and eps of at least 0; "
                          f"got {T}, {momentum} and {eps}")
