@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from .arrays import PLAIN, image_array, label_array, listed_classes, nchw, plain_place
+from .arrays import PLAIN, check_labels, image_array, label_array, listed_classes, nchw, plain_place
 from .images import decode
 from .sets import Dataset
 from .source import Source
@@ -22,7 +22,7 @@ from .splits import class_numbers
 
 # %% ../../nbs/data/12_folder.ipynb #2dc28657
 def _split_file(path): # split -> names or numbers of classes
-    try: splits = json.loads(path.read_text(encoding='utf-8'))
+    try: splits = json.loads(path.read_text(encoding='utf-8-sig'))
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read ({str(error).splitlines()[0]}): write it again") from error
     whole = isinstance(splits, dict) and all(isinstance(part, list) for part in splits.values())
@@ -36,6 +36,7 @@ def _read_split_arrays(root, name):
     folder = root / name
     images, classes = image_array(folder / 'images.npy'), listed_classes(folder / 'classes.txt')
     labels = label_array(folder / 'labels.npy', images, classes and len(classes))
+    check_labels({folder / 'labels.npy': labels}, classes is not None)
     if classes is None:
         classes = tuple(map(str, range(1 + int(labels.max())))) if len(labels) else ()
     splits = class_numbers(_split_file(folder / 'splits.json'), classes, name)
