@@ -54,7 +54,7 @@ class Term:
         layers = self.student if self.student == self.teacher else f'{self.student} / {self.teacher}'
         return f'{self.weight:g} {self.name}({inside}) on {layers}'
 
-# %% ../nbs/lab/03_distill.ipynb #918fa062
+# %% ../nbs/lab/03_distill.ipynb #c75284d0
 @dataclass(frozen=True)
 class Stage:
     "Terms that are trained alone for some epochs, before the main stage."
@@ -63,6 +63,7 @@ class Stage:
 
     def __str__(self): return f'{self.epochs} epochs of {" + ".join(map(str, self.terms))}'
 
+# %% ../nbs/lab/03_distill.ipynb #918fa062
 @dataclass(frozen=True)
 class Row:
     "A method by name: the weight of the task's own loss, its terms, and the stages before."
@@ -155,6 +156,11 @@ def _terms_of(row, stage): # places among all terms of the row
     start += sum(len(s.terms) for s in row.before[:stage])
     return range(start, start + len(row.before[stage].terms))
 
+# %% ../nbs/lab/03_distill.ipynb #7bb47d57
+def _keys(terms): # of modules, one for each term
+    alike = [replace(t, weight=1.) for t in terms]
+    return [f"{alike.index(a)}-{a.name.replace('.', '_')}" for a in alike]
+
 # %% ../nbs/lab/03_distill.ipynb #8d3c657d
 class Objective(nn.Module):
     "The objective of one student: `row.task` times the task's loss plus the row's terms; in a stage before, its terms alone."
@@ -167,8 +173,7 @@ class Objective(nn.Module):
         self.student_layers = _all(['logits', *(t.student for t in row.all_terms)])
         self.teacher_layers = _all(t.teacher for t in row.all_terms)
         self.losses = nn.ModuleDict()
-        alike = [replace(t, weight=1.) for t in row.all_terms]
-        self._keys = [f"{alike.index(a)}-{a.name.replace('.', '_')}" for a in alike]
+        self._keys = _keys(row.all_terms)
 
     def build(self,
         student:dict, # layer -> tensor, of one example batch

@@ -89,9 +89,9 @@ def _once(layer, seen):
         raise ValueError(f"the output of layer {layer!r} was overwritten in place by a later layer: "
                          "set inplace=False there, or read the later layer")
 
-# %% ../nbs/lab/02_features.ipynb #48fc310c
-class Features(nn.Module):
-    "A network and the layers to read of it: calling it returns `{name: tensor}`. The network itself is not changed."
+# %% ../nbs/lab/02_features.ipynb #36c88f44
+class _Reading(nn.Module):
+    "A network, the layers to read of it, and one pass that reads them."
     def __init__(self,
         model:nn.Module, # any network
         layers,          # names: 'logits', a module's ('layer2.0.conv1'), or one with ':input' for what goes into it
@@ -102,24 +102,6 @@ class Features(nn.Module):
         self._names = _found(model, self.layers)
         if frozen:
             model.eval().requires_grad_(False)
-
-    def train(self,
-        mode:bool=True, # of the network, unless it is frozen
-    ) -> 'Features': # itself
-        "Set the mode; a frozen network stays in evaluation."
-        super().train(mode)
-        if self.frozen:
-            self.model.eval()
-        return self
-
-    def forward(self,
-        *args, **kwargs # of the network
-    ) -> dict: # layer -> tensor. Raises ValueError for a layer that ran not once, without a graph, or was overwritten
-        "One pass of the network; its layers by name."
-        if not self.frozen:
-            return self._read(*args, **kwargs)
-        with torch.no_grad():
-            return self._read(*args, **kwargs)
 
     def _read(self, *args, **kwargs):
         found, handles, graph = {layer: [] for layer in self.layers}, [], torch.is_grad_enabled()
@@ -146,5 +128,26 @@ class Features(nn.Module):
         for layer, seen in found.items():
             _once(layer, seen)
         return {layer: seen[0][0] for layer, seen in found.items()}
+
+# %% ../nbs/lab/02_features.ipynb #48fc310c
+class Features(_Reading):
+    "A network and the layers to read of it: calling it returns `{name: tensor}`. The network itself is not changed."
+    def train(self,
+        mode:bool=True, # of the network, unless it is frozen
+    ) -> 'Features': # itself
+        "Set the mode; a frozen network stays in evaluation."
+        super().train(mode)
+        if self.frozen:
+            self.model.eval()
+        return self
+
+    def forward(self,
+        *args, **kwargs # of the network
+    ) -> dict: # layer -> tensor. Raises ValueError for a layer that ran not once, without a graph, or was overwritten
+        "One pass of the network; its layers by name."
+        if not self.frozen:
+            return self._read(*args, **kwargs)
+        with torch.no_grad():
+            return self._read(*args, **kwargs)
 
     def extra_repr(self): return f'layers={list(self.layers)}' + (', frozen=True' if self.frozen else '')

@@ -41,11 +41,15 @@ IDS = ("n02124075", "n01443537")
 
 def tiny(root, **change):
     """The publisher's layout: two classes, 3 train and 2 val images each; one is grey, one path leaves the archive."""
-    entries = {"wnids.txt": "\n".join(IDS) + "\n", "words.txt": "n01443537\tgoldfish, Carassius auratus\nn02124075\tEgyptian cat\nn09999999\tnot here\n",
-               "val/val_annotations.txt": "".join(f"val_{i}.JPEG\t{IDS[i % 2]}\t0\t0\t62\t62\n" for i in range(4)), "test/images/test_0.JPEG": jpeg(99)}
-    entries |= {f"train/{w}/images/{w}_{i}.JPEG": jpeg(10 * k + i, "L" if (k, i) == (1, 2) else "RGB") for k, w in enumerate(IDS) for i in range(3)}
+    entries = {"wnids.txt": "\n".join(IDS) + "\n",
+               "words.txt": "n01443537\tgoldfish, Carassius auratus\nn02124075\tEgyptian cat\nn09999999\tnot here\n",
+               "val/val_annotations.txt": "".join(f"val_{i}.JPEG\t{IDS[i % 2]}\t0\t0\t62\t62\n" for i in range(4)),
+               "test/images/test_0.JPEG": jpeg(99)}
+    entries |= {f"train/{w}/images/{w}_{i}.JPEG": jpeg(10 * k + i, "L" if (k, i) == (1, 2) else "RGB")
+                for k, w in enumerate(IDS) for i in range(3)}
     entries |= {f"train/{w}/{w}_boxes.txt": "x" for w in IDS} | {f"val/images/val_{i}.JPEG": jpeg(50 + i) for i in range(4)}
-    entries |= {"../../evil.JPEG": jpeg(7), "train/../../evil/images/evil_0.JPEG": jpeg(8), "train/n01443537/images/../../../../evil_0.JPEG": jpeg(9)}
+    entries |= {"../../evil.JPEG": jpeg(7), "train/../../evil/images/evil_0.JPEG": jpeg(8),
+                "train/n01443537/images/../../../../evil_0.JPEG": jpeg(9)}
     root.mkdir(exist_ok=True)
     path = root / "tiny-imagenet-200.zip"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as z:
@@ -71,5 +75,6 @@ def omniglot_arrays(root):
     images = (rng.random((2 * len(rows), 105, 105)) < .1).astype(np.uint8)
     np.save(folder / "images.npy", images)
     np.save(folder / "labels.npy", np.repeat(np.arange(len(rows)), 2).astype(np.int16))
-    (folder / "characters.csv").write_text("label,subset,alphabet,character\n" + "".join(f"{i},{','.join(r)}\n" for i, r in enumerate(rows)))
+    (folder / "characters.csv").write_text("label,subset,alphabet,character\n"
+                                           + "".join(f"{i},{','.join(r)}\n" for i, r in enumerate(rows)))
     return images, rows

@@ -82,7 +82,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     session = Session(sys.argv[1] + "/out", "cpu")
     fabric = session.fabric()
-    made = {"classify": kept(classify(session)), "few-shot": kept(few_shot(session)), "refused": refused(session), "norms": norms(fabric.global_rank, fabric.world_size)}
+    made = {"classify": kept(classify(session)), "few-shot": kept(few_shot(session)), "refused": refused(session),
+            "norms": norms(fabric.global_rank, fabric.world_size)}
     recipe = toy(schedule=Schedule(2, 24, .05, milestones=(1,)), teacher_schedule=Schedule(1, 48, .05))
     made["records"] = run(recipe, session)
     made["resumed"] = resumed(recipe, sys.argv[1] + "/stopped")

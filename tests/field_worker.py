@@ -1,4 +1,5 @@
-"""Run by test_field.py in two processes: losses that remember, inside DistributedDataParallel on uneven shares of a batch; each leaves what it remembers."""
+"""Run by test_field.py in two processes: losses that remember,
+inside DistributedDataParallel on uneven shares of a batch; each leaves what it remembers."""
 import sys
 
 import torch
@@ -29,7 +30,8 @@ def batches():
     g = torch.Generator().manual_seed(1)
     for k in range(2):
         index = torch.arange(8) + 8 * k
-        yield torch.randn(8, 3, 4, 4, generator=g), torch.randn(8, 6, 4, 4, generator=g), torch.randn(8, 7, generator=g), index, torch.randint(20, (8, 9), generator=g)
+        (yield torch.randn(8, 3, 4, 4, generator=g), torch.randn(8, 6, 4, 4, generator=g),
+         torch.randn(8, 7, generator=g), index, torch.randint(20, (8, 9), generator=g))
 
 
 def state(criterion, cut=slice(None)):

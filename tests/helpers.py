@@ -1,4 +1,5 @@
-"""What several test files share: precisions, seeded generators, a case of every loss, values with gradients, a stop after some steps, recipes that run in a blink."""
+"""What several test files share: precisions, seeded generators, a case of every loss, values with gradients,
+a stop after some steps, recipes that run in a blink."""
 from dataclasses import replace
 from functools import cache
 
@@ -43,7 +44,8 @@ def _maps(n, k):
 
 
 def _chain(n, k):
-    return [(n, 3, 4 * k, 4 * k), (n, 4, 4 * k, 4 * k), (n, 5, 2 * k, 2 * k)], [(n, 3, 5 * k, 4 * k), (n, 4, 3 * k, 4 * k), (n, 5, 3 * k, 2 * k)]
+    return ([(n, 3, 4 * k, 4 * k), (n, 4, 4 * k, 4 * k), (n, 5, 2 * k, 2 * k)],
+            [(n, 3, 5 * k, 4 * k), (n, 4, 3 * k, 4 * k), (n, 5, 3 * k, 2 * k)])
 
 
 def _table():
@@ -54,22 +56,28 @@ def _table():
             yield cls.__name__ + " distinct" * bool(options), lambda cls=cls, options=options: cls(**options), _embeddings
     yield "PKT batchmean", lambda: L.PKT("batchmean"), _embeddings
     yield "CC", L.CC, _embeddings
-    for name, options in (("exact", {"order": None}), ("order 5", {"gamma": 2., "order": 5}), ("bilinear", {"kernel": "bilinear"}), ("mmd", {"kernel": "mmd"}), ("raw", {"order": None, "normalise": False, "gamma": .1})):
+    for name, options in (("exact", {"order": None}), ("order 5", {"gamma": 2., "order": 5}),
+                          ("bilinear", {"kernel": "bilinear"}), ("mmd", {"kernel": "mmd"}),
+                          ("raw", {"order": None, "normalise": False, "gamma": .1})):
         yield f"CC {name}", lambda options=options: L.CC(**options), _embeddings
     for name, classes in (("CRD", None), ("CRD classes", torch.arange(2000) % 4)):
-        yield name, lambda classes=classes: L.CRD(6, 5, samples=2000, feat_dim=5, negatives=7, classes=classes), lambda n, k: [[(n, 6)], [(n, 5)]]
+        (yield name, lambda classes=classes: L.CRD(6, 5, samples=2000, feat_dim=5, negatives=7, classes=classes),
+         lambda n, k: [[(n, 6)], [(n, 5)]])
     for name in ("SP", "AT", "NST", "FTShortcut"):
         yield name, getattr(L, name), _maps
     yield "SP global", lambda: L.SP("global"), _maps
     for p in (1, 3):
         yield f"AT {p}", lambda p=p: L.AT(p), _maps
-    for name, options in (("linear", {"kernel": "linear"}), ("gaussian", {"kernel": "gaussian"}), ("fixed", {"kernel": "gaussian", "sigma2": .7}), ("cubic", {"degree": 3, "c": .5}), ("bare", {"teacher_term": False})):
+    for name, options in (("linear", {"kernel": "linear"}), ("gaussian", {"kernel": "gaussian"}),
+                          ("fixed", {"kernel": "gaussian", "sigma2": .7}), ("cubic", {"degree": 3, "c": .5}),
+                          ("bare", {"teacher_term": False})):
         yield f"NST {name}", lambda options=options: L.NST(**options), _maps
     for name in ("FitNet", "VID", "AB", "OFD", "FT"):
         yield name, lambda name=name: getattr(L, name)(4, 6), _maps
     yield "OFD fixed", lambda: L.OFD(4, 6, margins=-torch.rand(6)), _maps
     for name in ("AB", "OFD"):
-        yield f"{name} plain", lambda name=name: getattr(L, name)(4, 4, connector=False), lambda n, k: [[(n, 4, 4 * k, 4 * k)], [(n, 4, 4 * k, 3 * k)]]
+        (yield f"{name} plain", lambda name=name: getattr(L, name)(4, 4, connector=False),
+         lambda n, k: [[(n, 4, 4 * k, 4 * k)], [(n, 4, 4 * k, 3 * k)]])
     yield "FT norm", lambda: L.FT(4, 6, p=2, reduction="norm"), _maps
     yield "FT attention", lambda: L.FT(4, 6, compare="attention", batchnorm="translator"), _maps
     yield "FSP", L.FSP, _chain
@@ -146,7 +154,8 @@ def learned(loss, student, x, teacher, steps):
 
 
 def skip_where_triton_cannot_interpret(stderr):
-    """Triton 3.6's interpreter takes int() of arrays of one element, which NumPy refuses from 2.4 on; the compiled kernel is not concerned."""
+    """Triton 3.6's interpreter takes int() of arrays of one element, which NumPy refuses from 2.4 on;
+    the compiled kernel is not concerned."""
     if "InterpreterError" in stderr and "only 0-dimensional arrays can be converted to Python scalars" in stderr:
         pytest.skip("this Triton's interpreter does not go with this NumPy (int() of an array of one element)")
 
@@ -174,7 +183,8 @@ def noisy(outputs, channels):
 def few_digits():
     """150 images to train on, 60 to test."""
     d = load("digits")
-    return joined("few", {"train": (d.train_images[:150], d.train_labels[:150]), "test": (d.test_images[:60], d.test_labels[:60])}, range(10))
+    return joined("few", {"train": (d.train_images[:150], d.train_labels[:150]),
+                          "test": (d.test_images[:60], d.test_labels[:60])}, range(10))
 
 
 @cache
@@ -195,7 +205,8 @@ def few_shot_toy(**change):
     plan = Schedule(2, None, 1e-3, milestones=(1,), gamma=.5, weight_decay=0., optimiser="Adam")
     task = FewShot(way=4, query=2, length=3, ways=(2,), test_query=3, test_episodes=20)
     rows = (Row("Student"), Row("RKD-D", (Term("RKDDistance", 50.),)))
-    mine = dict(name="few-shot-toy", data=split_digits, task=task, vary={"shot": (1, 2)}, rows=rows, schedule=plan, teacher_schedule=None, baseline="Teacher")
+    mine = dict(name="few-shot-toy", data=split_digits, task=task, vary={"shot": (1, 2)}, rows=rows, schedule=plan,
+                teacher_schedule=None, baseline="Teacher")
     return toy(**(mine | change))
 
 

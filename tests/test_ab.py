@@ -23,7 +23,8 @@ def maps(draw, channels=True):
     h, w = draw(st.integers(1, 4)), draw(st.integers(2, 5))
     g = gen(draw(st.integers(0, 10**6)))
     size, shift = 10 ** draw(st.floats(-2, 2)), draw(st.floats(-2, 2))
-    return torch.randn(n, cs, h, w, generator=g, dtype=torch.float64) * size, torch.randn(n, ct, h, w, generator=g, dtype=torch.float64) + shift
+    return (torch.randn(n, cs, h, w, generator=g, dtype=torch.float64) * size,
+            torch.randn(n, ct, h, w, generator=g, dtype=torch.float64) + shift)
 
 
 def ab_loop(s, t, margin=1.):
@@ -43,7 +44,8 @@ def test_ab_is_torchdistills_alternative_loss(dtype, tolerance, margin, reductio
     shapes, weights = [(3, 8, 8), (5, 4, 4)], [.3, 2.]
     s = [torch.randn(6, *c, generator=gen(k), dtype=dtype) for k, c in enumerate(shapes)]
     t = [torch.randn(6, *c, generator=gen(k + 9), dtype=dtype) for k, c in enumerate(shapes)]
-    theirs = AltActTransferLoss({k: {**{r: {"io": "o", "path": k} for r in ("student", "teacher")}, "weight": w} for k, w in zip("ab", weights)}, margin, reduction)
+    theirs = AltActTransferLoss({k: {**{r: {"io": "o", "path": k} for r in ("student", "teacher")}, "weight": w}
+                                 for k, w in zip("ab", weights)}, margin, reduction)
     io = lambda fs: {k: {"o": f} for k, f in zip("ab", fs)}
     mine = AB([3, 5], [3, 5], margin=margin, scale=1 if reduction == "mean" else 6, layer_weights=weights)
     assert_same(value_and_gradients(lambda *s: mine(s, t), *s), value_and_gradients(lambda *s: theirs(io(s), io(t)), *s), tolerance)
@@ -78,12 +80,14 @@ def test_values_worked_on_paper():
 def test_the_versions_differ_by_what_the_notebooks_say():
     """3/1000 of a sum with powers of two is 12.288 times the sum of the means on the stages of a CIFAR ResNet."""
     shapes = [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
-    s, t = [torch.randn(2, *c, generator=gen(k)) for k, c in enumerate(shapes)], [torch.randn(2, *c, generator=gen(k + 9)) for k, c in enumerate(shapes)]
+    s, t = ([torch.randn(2, *c, generator=gen(k)) for k, c in enumerate(shapes)],
+            [torch.randn(2, *c, generator=gen(k + 9)) for k, c in enumerate(shapes)])
     c = [16, 32, 64]
     means = AB(c, c, scale="mean", layer_weights=[1, 1, 1])(s, t)
     torch.testing.assert_close(AB(c, c)(s, t), 12.288 * means)
     torch.testing.assert_close(AB(c, c, scale=.001)(s, t), 4.096 * means)
-    torch.testing.assert_close(OFD(c, c, connector=False)(s, t), 4.096 * OFD(c, c, scale="mean", layer_weights=[1, 1, 1], connector=False)(s, t))
+    torch.testing.assert_close(OFD(c, c, connector=False)(s, t),
+                               4.096 * OFD(c, c, scale="mean", layer_weights=[1, 1, 1], connector=False)(s, t))
 
 
 @many
@@ -137,7 +141,8 @@ def test_ab_after_the_students_relu_has_a_floor(pair):
 def test_connectors_in_training_take_out_the_students_scale_and_shift(pair, scale, shift):
     s, t = pair
     s = torch.randn_like(s)
-    for loss in (made(AB, s.shape[1], t.shape[1], dtype=torch.float64, connector=True), made(OFD, s.shape[1], t.shape[1], dtype=torch.float64)):
+    for loss in (made(AB, s.shape[1], t.shape[1], dtype=torch.float64, connector=True),
+                 made(OFD, s.shape[1], t.shape[1], dtype=torch.float64)):
         for c in loss.connectors:
             c.norm.eps = 1e-12
         torch.testing.assert_close(loss(scale * s + shift, t), loss(s, t), rtol=1e-5, atol=1e-8)
@@ -167,11 +172,13 @@ def test_precisions_mix_upwards_and_the_running_statistics_move_all_the_same():
     for cls in (AB, OFD):
         loss = made(cls, 3, 5)
         wide, half = copy.deepcopy(loss), copy.deepcopy(loss).half()
-        assert loss(s.half(), t).dtype == torch.float32 and wide(s.double(), t).dtype == torch.float64 and half(s.half(), t.half()).dtype == torch.float32
+        assert (loss(s.half(), t).dtype == torch.float32 and wide(s.double(), t).dtype == torch.float64
+                and half(s.half(), t.half()).dtype == torch.float32)
         assert made(cls, 3, 5, dtype=torch.float64)(s, t).dtype == torch.float64
         for other in (wide, half):
             assert other.connectors[0].norm.num_batches_tracked == 1 and other.connectors[0].norm.running_mean.abs().sum() > 0
-            torch.testing.assert_close(other.connectors[0].norm.running_var.float(), loss.connectors[0].norm.running_var, rtol=2e-2, atol=2e-3)
+            torch.testing.assert_close(other.connectors[0].norm.running_var.float(), loss.connectors[0].norm.running_var,
+                                       rtol=2e-2, atol=2e-3)
 
 
 def test_a_connector_is_a_convolution_and_a_batch_norm():
@@ -193,7 +200,8 @@ def test_connectors_stand_where_they_are_asked_for():
     assert kinds(AB(3, 3, connector=False)) == ["Identity"] and not list(AB(3, 3).parameters())
 
 
-@pytest.mark.parametrize("cls, options, extra", [(AB, {}, []), (OFD, {}, []), (OFD, {"margins": [-torch.rand(6), -torch.rand(7)]}, ["margin0", "margin1"])])
+@pytest.mark.parametrize("cls, options, extra", [(AB, {}, []), (OFD, {}, []),
+                                                 (OFD, {"margins": [-torch.rand(6), -torch.rand(7)]}, ["margin0", "margin1"])])
 def test_from_features_reads_the_sizes_and_state_dict_makes_the_round_trip(cls, options, extra):
     s, t = [torch.randn(4, 3, 8, 8), torch.randn(4, 5)], [torch.randn(4, 6, 4, 4), torch.randn(4, 7)]
     loss = cls.from_features(s, t, **options)
@@ -244,7 +252,8 @@ def test_the_lab_builds_them_and_trains_ab_alone_first():
         assert loss.channels == [(8, 16), (16, 32), (32, 64)] and min(f.min() for f in (*s, *t)) < 0
         student.zero_grad()
         loss(s, t).backward(retain_graph=True)
-        assert all(p.grad is not None for p in loss.parameters()) and student.conv1.weight.grad.abs().sum() > 0 and student.fc.weight.grad is None
+        assert (all(p.grad is not None for p in loss.parameters()) and student.conv1.weight.grad.abs().sum() > 0
+                and student.fc.weight.grad is None)
 
 f4, e2 = torch.rand(4, 3, 2, 2), torch.rand(4, 3)
 

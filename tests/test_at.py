@@ -141,7 +141,8 @@ f4, e2 = torch.rand(4, 3, 2, 2), torch.rand(4, 3)
 ERRORS = [
     (lambda: AT(p=.5), "AT needs a power of at least 1; got p = 0.5"),
     (lambda: AT(p=float("nan")), "AT needs a power of at least 1; got p = nan"),
-    (lambda: AT()(e2, f4), r"AT needs student maps of shape \(N, C, H, W\), floating point; got \(4, 3\), torch.float32: take a layer before the pooling"),
+    (lambda: AT()(e2, f4), r"AT needs student maps of shape \(N, C, H, W\), floating point; "
+                           r"got \(4, 3\), torch.float32: take a layer before the pooling"),
     (lambda: AT()([f4, [f4]], [f4, f4]), "got list"),
 ]
 

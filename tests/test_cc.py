@@ -36,7 +36,8 @@ def test_torchdistills_cckd_is_the_root_of_cc_without_unit_length(kernel, reduct
     theirs = CCKDLoss("fc", "fc", {"type": kernel, "gamma": .4, "max_p": 2}, reduction)
     mine = CC(kernel, normalise=False)
     io = lambda e: {"fc": {"output": e}}
-    assert_same(value_and_gradients(lambda s: factor * mine(s, t).sqrt(), s), value_and_gradients(lambda s: theirs(io(s), io(t)), s), tolerance)
+    assert_same(value_and_gradients(lambda s: factor * mine(s, t).sqrt(), s),
+                value_and_gradients(lambda s: theirs(io(s), io(t)), s), tolerance)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
@@ -59,7 +60,8 @@ def written_out(s, t, gamma, order):
 @pytest.mark.parametrize("gamma, order", [(.4, 1), (.4, 2), (2, 3), (.1, 7)])
 def test_cc_is_the_series_written_out(gamma, order, dtype, tolerance):
     s, t = randn64(8, 5, dtype=dtype), randn64(8, 11, seed=1, dtype=dtype)
-    assert_same(value_and_gradients(lambda s: CC(gamma=gamma, order=order)(s, t), s), value_and_gradients(lambda s: written_out(s, t, gamma, order), s), 4 * tolerance)
+    assert_same(value_and_gradients(lambda s: CC(gamma=gamma, order=order)(s, t), s),
+                value_and_gradients(lambda s: written_out(s, t, gamma, order), s), 4 * tolerance)
 
 
 def test_cc_worked_on_paper():
@@ -101,7 +103,8 @@ def test_cc_sees_a_shift_and_the_students_order():
 @many
 @given(embeddings(), st.floats(.01, 3))
 def test_cc_of_order_1_is_a_multiple_of_the_bilinear_loss(pair, gamma):
-    torch.testing.assert_close(CC(gamma=gamma, order=1)(*pair), (2 * gamma * math.exp(-2 * gamma)) ** 2 * CC("bilinear")(*pair), rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(CC(gamma=gamma, order=1)(*pair),
+                               (2 * gamma * math.exp(-2 * gamma)) ** 2 * CC("bilinear")(*pair), rtol=1e-9, atol=1e-15)
 
 
 @many
@@ -178,7 +181,8 @@ def test_a_silent_sample_gets_no_gradient():
 def test_from_features_reads_the_sizes_and_state_dict_makes_the_round_trip():
     s, t = [torch.randn(2, 3, 8, 8), torch.randn(2, 5)], [torch.randn(2, 6, 4, 4), torch.randn(2, 7)]
     loss = VID.from_features(s, t, mid_channels=4, init_variance=2.)
-    assert [tuple(p.shape) for p in loss.parameters()] == [(4, 3, 1, 1), (4, 4, 1, 1), (6, 4, 1, 1), (4, 5, 1, 1), (4, 4, 1, 1), (7, 4, 1, 1), (6,), (7,)]
+    assert [tuple(p.shape) for p in loss.parameters()] == [(4, 3, 1, 1), (4, 4, 1, 1), (6, 4, 1, 1), (4, 5, 1, 1),
+                                                           (4, 4, 1, 1), (7, 4, 1, 1), (6,), (7,)]
     other = VID([3, 5], [6, 7], mid_channels=4)
     assert other(s, t) != loss(s, t)
     other.load_state_dict(loss.state_dict())
@@ -187,7 +191,8 @@ def test_from_features_reads_the_sizes_and_state_dict_makes_the_round_trip():
     assert list(single.state_dict()) == ["regressors.0.0.weight", "regressors.0.2.weight", "regressors.0.4.weight", "alphas.0"]
     assert single.regressors[0][0].out_channels == 6 and single(s[0], t[0]).dim() == 0
     assert not list(CC().parameters()) and not CC().state_dict()
-    assert repr(CC()) == "CC(kernel='gaussian', gamma=0.4, order=2)" and repr(CC("mmd", normalise=False)) == "CC(kernel='mmd', normalise=False)"
+    assert (repr(CC()) == "CC(kernel='gaussian', gamma=0.4, order=2)"
+            and repr(CC("mmd", normalise=False)) == "CC(kernel='mmd', normalise=False)")
     assert "eps=1e-05" in repr(single)
 
 f4, e2 = torch.rand(4, 3, 2, 2), torch.rand(4, 3)

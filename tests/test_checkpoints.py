@@ -76,9 +76,12 @@ def test_a_manifest_with_any_bit_flipped_never_leads_astray(two, data):
 
 
 @pytest.mark.parametrize("wrong", [
-    "{", "[1]", "null", "[" * 3000, '{"digest": "d", "parts": []}', '{"digest": "d", "parts": {"name": "x"}}', '{"digest": 3, "parts": [1]}',
-    '{"digest": "d", "parts": [{"oame": "x", "bytes": 1, "sha256": "0"}]}', '{"digest": "d", "parts": [{"name": "../x", "bytes": 1, "sha256": "0"}]}',
-    '{"digest": "d", "parts": [{"name": "/etc/passwd", "bytes": 1, "sha256": "0"}]}', '{"digest": "d", "parts": [{"name": "x", "bytes": "1", "sha256": "0"}]}',
+    "{", "[1]", "null", "[" * 3000, '{"digest": "d", "parts": []}', '{"digest": "d", "parts": {"name": "x"}}',
+    '{"digest": 3, "parts": [1]}',
+    '{"digest": "d", "parts": [{"oame": "x", "bytes": 1, "sha256": "0"}]}',
+    '{"digest": "d", "parts": [{"name": "../x", "bytes": 1, "sha256": "0"}]}',
+    '{"digest": "d", "parts": [{"name": "/etc/passwd", "bytes": 1, "sha256": "0"}]}',
+    '{"digest": "d", "parts": [{"name": "x", "bytes": "1", "sha256": "0"}]}',
 ])
 def test_a_manifest_that_is_not_whole_is_damaged_and_no_more(tmp_path, wrong):
     save_checkpoint(tmp_path / "c", {"k": 1}, "d")
@@ -132,7 +135,8 @@ def test_a_full_disk_leaves_the_old_checkpoint_good(tmp_path, monkeypatch, calls
 
 def test_one_at_a_time_and_the_second_is_told_who_is_there(tmp_path):
     with hold(tmp_path / "runs"):
-        message = one_line(lambda: hold(tmp_path / "runs").__enter__(), f"another run (process {os.getpid()}) is at work in {tmp_path / 'runs'}", "--out")
+        message = one_line(lambda: hold(tmp_path / "runs").__enter__(),
+                           f"another run (process {os.getpid()}) is at work in {tmp_path / 'runs'}", "--out")
         code = "import sys; from relkd.checkpoints import hold; hold(sys.argv[1]).__enter__()"
         done = subprocess.run([sys.executable, "-c", code, tmp_path / "runs"], capture_output=True, text=True)
         assert done.returncode == 1 and message in done.stderr

@@ -15,7 +15,8 @@ from relkd.tables.run import run
 from relkd.tables.recipe import recipe
 from relkd.train import Session
 
-KERNELS = pytest.mark.parametrize("make", [SquaredCosine, AngleEncoding, lambda: AngleEncoding(1.)], ids=["amplitude", "angle", "angle, scale 1"])
+KERNELS = pytest.mark.parametrize("make", [SquaredCosine, AngleEncoding, lambda: AngleEncoding(1.)],
+                                  ids=["amplitude", "angle", "angle, scale 1"])
 
 
 def state(e, loss):

@@ -22,15 +22,20 @@ SHORT = ["digits", "--rows", "RKD-D", "--seeds", "0", "--epochs", "1", "--device
 
 @given(st.integers(0, 99), st.integers(0, 59), st.integers(0, 59))
 def test_durations(h, m, s):
-    assert seconds(f"{h}h{m}m{s}s") == seconds(f"{h}H{m}m{s}") == 3600 * h + 60 * m + s and seconds(f"{m}m") == 60 * m and seconds(str(s)) == s
+    assert (seconds(f"{h}h{m}m{s}s") == seconds(f"{h}H{m}m{s}") == 3600 * h + 60 * m + s and seconds(f"{m}m") == 60 * m
+            and seconds(str(s)) == s)
 
 
 def test_sizes_numbers_and_settings():
-    assert (size("600k"), size("15M"), size("2GB"), size("7")) == (600 * 1024, 15 * 2**20, 2**31, 7) and numbers("0,2,5-7") == [0, 2, 5, 6, 7]
-    assert [setting(t) for t in ("schedule.lr=.05", "student = resnet8x4", "task.labelled=None", "a=(1, 2)", "a=b=c")] == [("schedule.lr", .05), ("student", "resnet8x4"), ("task.labelled", None), ("a", (1, 2)), ("a", "b=c")]
+    assert ((size("600k"), size("15M"), size("2GB"), size("7")) == (600 * 1024, 15 * 2**20, 2**31, 7)
+            and numbers("0,2,5-7") == [0, 2, 5, 6, 7])
+    assert ([setting(t) for t in ("schedule.lr=.05", "student = resnet8x4", "task.labelled=None", "a=(1, 2)", "a=b=c")]
+            == [("schedule.lr", .05), ("student", "resnet8x4"), ("task.labelled", None), ("a", (1, 2)), ("a", "b=c")])
 
 
-@pytest.mark.parametrize("read, text", [*((seconds, t) for t in ("", "soon", "5x")), *((size, t) for t in ("0", "15T", "-1k")), *((numbers, t) for t in ("", "two", "7-5", "1,")), *((setting, t) for t in ("lr", "=3"))])
+@pytest.mark.parametrize("read, text",
+                         [*((seconds, t) for t in ("", "soon", "5x")), *((size, t) for t in ("0", "15T", "-1k")),
+                          *((numbers, t) for t in ("", "two", "7-5", "1,")), *((setting, t) for t in ("lr", "=3"))])
 def test_what_is_no_duration_size_number_or_setting(read, text):
     one_line(lambda: read(text), repr(text))
 
@@ -61,9 +66,12 @@ def test_a_mistake_costs_one_line(typed, args, message):
     assert (code, said) == (2, "") and error.startswith(f"relkd: {message}") and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("args, code", [(["recipes"], 0), (["run", "digist"], 2), (["run", "digits", "--seeds", "two"], 2), (["run", "digits", "--device", "tpu"], 2), (["--help"], 0)])
+@pytest.mark.parametrize("args, code", [(["recipes"], 0), (["run", "digist"], 2), (["run", "digits", "--seeds", "two"], 2),
+                                        (["run", "digits", "--device", "tpu"], 2), (["--help"], 0)])
 def test_what_needs_no_torch_does_not_import_it(args, code):
-    script = f"import sys\nsys.argv = ['relkd', *{args!r}]\nfrom relkd.cli import main\ntry: main()\nexcept SystemExit as left: code = left.code or 0\nprint(code, [m for m in ('torch', 'numpy', 'sklearn') if m in sys.modules])"
+    script = (f"import sys\nsys.argv = ['relkd', *{args!r}]\nfrom relkd.cli import main\ntry: main()\n"
+              "except SystemExit as left: code = left.code or 0\n"
+              "print(code, [m for m in ('torch', 'numpy', 'sklearn') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines()[-1] == f"{code} []", done.stdout + done.stderr
 
@@ -78,7 +86,8 @@ def test_a_run_and_what_it_leaves(typed, tmp_path):
     code, said, error = typed("run", *SHORT, "--out", tmp_path)
     assert code == 0 and error == "" and "cut down               1 of 120 epochs (teacher 1 of 12)" in said and "3 runs; records in" in said
     records = load_records(tmp_path, "digits-1epochs")
-    assert [r["row"] for r in records] == ["RKD-D", "Student", "Teacher"] and (tmp_path / "digits-1epochs.csv").exists() and (tmp_path / "digits-1epochs.png").exists()
+    assert ([r["row"] for r in records] == ["RKD-D", "Student", "Teacher"] and (tmp_path / "digits-1epochs.csv").exists()
+            and (tmp_path / "digits-1epochs.png").exists())
     code, said, error = typed("table", "digits", "--epochs", 1, "--out", tmp_path)
     assert code == 0 and "RKD-D" in said and said.rstrip().endswith("cut down: 1 of 120 epochs (teacher 1 of 12)")
     code, said, error = typed("run", *SHORT, "--out", tmp_path, "--precision", "bf16")
@@ -98,7 +107,9 @@ def test_rows_teacher_means_the_same_for_both_tasks(typed, tmp_path):
 
 def test_a_few_shot_recipe_on_a_classification_set_is_one_line(typed, tmp_path):
     code, said, error = typed("run", "omniglot/cpu", "--set", "data=digits", "--out", tmp_path, "--device", "cpu")
-    assert code == 2 and error == "relkd: data set 'digits' has train and test images of the same classes; few-shot learning needs classes split into train, val and test: Dataset.with_splits makes such a set\n"
+    assert (code == 2 and error == "relkd: data set 'digits' has train and test images of the same classes; "
+                                   "few-shot learning needs classes split into train, val and test: "
+                                   "Dataset.with_splits makes such a set\n")
 
 
 def test_committed_records_are_not_written_over(typed, tmp_path):
@@ -112,7 +123,9 @@ def test_committed_records_are_not_written_over(typed, tmp_path):
 def test_an_unwritable_folder_is_said_before_training(typed, tmp_path):
     (tmp_path / "file").write_text("")
     code, said, error = typed("demo", "--out", tmp_path / "file" / "figures")
-    assert code == 2 and error.count("\n") == 1 and "cannot write" in error and "name a folder that can be written to with --out" in error and "epoch" not in said.split("row HKD + RKD-DA")[-1].replace("CE", "")
+    assert (code == 2 and error.count("\n") == 1 and "cannot write" in error
+            and "name a folder that can be written to with --out" in error
+            and "epoch" not in said.split("row HKD + RKD-DA")[-1].replace("CE", ""))
 
 
 def test_event_files_for_tensorboard(typed, tmp_path):
@@ -128,13 +141,15 @@ def test_data_that_are_there_and_that_are_missing(typed, tmp_path):
 
 def test_a_spent_budget_says_how_to_go_on_and_is_no_error(typed, tmp_path):
     code, said, error = typed("run", *SHORT, "--budget", "0.01s", "--part-size", "40k", "--out", tmp_path)
-    assert code == 0 and error == f"\nrelkd: stopped (budget); 0 of 3 runs are finished and kept in {tmp_path}, the rest is at a checkpoint: the same command goes on from there\n"
+    assert (code == 0 and error == f"\nrelkd: stopped (budget); 0 of 3 runs are finished and kept in {tmp_path}, the "
+                                   "rest is at a checkpoint: the same command goes on from there\n")
     assert max(p.stat().st_size for p in tmp_path.glob(".runs/digits-1epochs/group-*.ckpt.????????.*")) <= 40 * 1024
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_at_a_checkpoint_and_the_same_command_goes_on(tmp_path, relkd_cli, number, code):
-    command = [sys.executable, "-m", "relkd.cli", "run", "digits", "--seeds", "0", "--rows", "HKD", "--device", "cpu", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "relkd.cli", "run", "digits", "--seeds", "0", "--rows", "HKD", "--device", "cpu",
+               "--out", str(tmp_path)]
     p = subprocess.Popen(command, env=relkd_cli.env, cwd=FIGURES.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 180
     while not list(tmp_path.glob("records/digits/teacher*")) and time.time() < deadline and p.poll() is None:
@@ -142,5 +157,6 @@ def test_a_signal_stops_at_a_checkpoint_and_the_same_command_goes_on(tmp_path, r
     time.sleep(.3)
     p.send_signal(number)
     error = p.communicate(timeout=120)[1]
-    assert p.returncode == code and f"stopped ({number.name}); 1 of 3 runs are finished" in error and "the same command goes on from there" in error and "Traceback" not in error
+    assert (p.returncode == code and f"stopped ({number.name}); 1 of 3 runs are finished" in error
+            and "the same command goes on from there" in error and "Traceback" not in error)
     assert list(tmp_path.glob(".runs/digits/group-*.ckpt")) and not list(tmp_path.glob("**/*.tmp"))

@@ -1,4 +1,5 @@
-"""Value AND gradient under torch.compile: every loss, and whole steps of training. A compiler may get the value right and the gradient wrong."""
+"""Value AND gradient under torch.compile: every loss, and whole steps of training.
+A compiler may get the value right and the gradient wrong."""
 import copy
 
 import pytest
@@ -41,7 +42,8 @@ def test_every_loss_in_one_graph(name, flags):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_loss_through_inductor(name, flags):
-    """With 64 samples: RKDDistance's gradient was off by 57 % where its norms were a view of the Gram matrix, its value right (torch 2.15)."""
+    """With 64 samples: RKDDistance's gradient was off by 57 % where its norms were a view of the Gram matrix,
+    its value right (torch 2.15)."""
     if name not in ALWAYS and "slow" not in flags:
         pytest.skip("compiling takes seconds: --flags slow")
     assert_compiles(*case(name, 64, 8 if "FT" not in name else 2), "inductor")
@@ -57,7 +59,8 @@ class Called(nn.Module):
         return self.loss(as_given(student), as_given(teacher))
 
 
-@pytest.mark.parametrize("name", [name for name in DEFAULTS if name != "CRD"])     # CRD writes into its memories, and its constant Z counts the scores of a batch
+# CRD writes into its memories, and its constant Z counts the scores of a batch
+@pytest.mark.parametrize("name", [name for name in DEFAULTS if name != "CRD"])
 def test_every_loss_exported_for_batches_of_any_size(name):
     loss, s, t, _ = case(name)
     batch = torch.export.Dim("batch", min=4, max=512)
@@ -71,7 +74,8 @@ def test_a_step_of_training_through_inductor():
     """A network, Features, cross-entropy and RKD, compiled together: the gradients of all parameters."""
     x, y = torch.randn(64, 3, 8, 8, generator=gen(1)), torch.randint(10, (64,), generator=gen(2))
     torch.manual_seed(0)
-    student, teacher = (nn.Sequential(nn.Conv2d(3, c, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * c, d), nn.ReLU(), nn.Linear(d, 10)) for c, d in ((4, 32), (8, 48)))
+    student, teacher = (nn.Sequential(nn.Conv2d(3, c, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * c, d),
+                                      nn.ReLU(), nn.Linear(d, 10)) for c, d in ((4, 32), (8, 48)))
     row = Row("RKD", (Term("RKD", 1., "5:input", "5:input"),))
     objective = Objective(row)
     of = Features(teacher, objective.teacher_layers)

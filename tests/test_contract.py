@@ -37,7 +37,9 @@ def test_every_exported_loss_is_asked_and_has_the_signature_of_the_contract():
     for name in losses.__all__:
         cls = getattr(losses, name)
         assert issubclass(cls, DistillationLoss) and issubclass(cls, torch.nn.modules.loss._Loss)     # some libraries ask for the latter
-        for method, first in (("forward", ["self", "student", "teacher", "index"]), ("prepare", ["self", "student", "teacher", "index"]), ("from_features", ["student", "teacher", "labels"])):
+        for method, first in (("forward", ["self", "student", "teacher", "index"]),
+                              ("prepare", ["self", "student", "teacher", "index"]),
+                              ("from_features", ["student", "teacher", "labels"])):
             assert list(inspect.signature(getattr(cls, method)).parameters)[:len(first)] == first
 
 
@@ -79,7 +81,8 @@ def test_a_teacher_under_inference_mode_is_as_good_as_under_no_grad(name):
     with torch.inference_mode():
         inferred = [f.clone() for f in t]
         part = loss.teacher_part(as_given(inferred))
-    plain, mine, by_part = (value_and_gradients(called(copy.deepcopy(loss), *args), *s) for args in ((t, more), (inferred, more), (t, more, part)))
+    plain, mine, by_part = (value_and_gradients(called(copy.deepcopy(loss), *args), *s)
+                            for args in ((t, more), (inferred, more), (t, more, part)))
     assert torch.equal(plain[0], mine[0]) and all(torch.equal(a, b) for a, b in zip(plain[1], mine[1]))
     torch.testing.assert_close(plain, by_part, rtol=1e-4, atol=1e-6)
 
@@ -159,7 +162,8 @@ def test_the_same_behind_trainable_parts_that_hand_the_student_on():
     t = [t[0].relu()]                                        # VID's regressor has a ReLU inside
     value, (gradient,) = at_agreement(vid, t)
     assert not gradient.any()
-    torch.testing.assert_close(value, torch.tensor(5., dtype=torch.float64).log() / 2)      # of its first variance: a density, not a distance
+    # of its first variance: a density, not a distance
+    torch.testing.assert_close(value, torch.tensor(5., dtype=torch.float64).log() / 2)
     torch.nn.init.constant_(vid.alphas[0], -50.)
     torch.testing.assert_close(at_agreement(vid, t)[0], torch.tensor(1e-5, dtype=torch.float64).log() / 2)
 
@@ -174,7 +178,8 @@ def test_three_that_are_not_zero_there_by_design():
     assert at_agreement(plain, t)[0] > 0
     value, (gradient,) = at_agreement(plain, [t[0].sign() * (1 + t[0].abs())])              # beyond the margin everywhere
     assert value == 0 and not gradient.any()
-    crd, t = made(losses.CRD, 6, 6, dtype=torch.float64, samples=8, feat_dim=6, negatives=7), [F.normalize(randn(8, 6, dtype=torch.float64))]
+    crd, t = (made(losses.CRD, 6, 6, dtype=torch.float64, samples=8, feat_dim=6, negatives=7),
+              [F.normalize(randn(8, 6, dtype=torch.float64))])
     for e, memory in ((crd.embed_s, crd.memory_s), (crd.embed_t, crd.memory_t)):
         handing_on(e)
         memory.copy_(t[0])
@@ -188,14 +193,16 @@ def test_three_that_are_not_zero_there_by_design():
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_case
 def test_finite_on_zeros_duplicates_and_extremes_in_every_precision(name, dtype):
-    """CC of raw embeddings and FSP grow with a power of their inputs, and the batch statistics of silent maps magnify: they are asked less."""
+    """CC of raw embeddings and FSP grow with a power of their inputs,
+    and the batch statistics of silent maps magnify: they are asked less."""
     large = 1 if name == "CC raw" else 5 if name.startswith("FSP") else 1e4
     for n in (1 if len(CASES[name][1](1, 1)[0][0]) == 4 and not name.startswith("SP") else 3, 8):
         loss, s, t, more = case(name, n)
         if name.startswith("FT"):
             loss.eval()
         alike, silent, opposite = ([torch.cat([f[:1], factor * f[:1], f[2:]])[:n] for f in s] for factor in (1, 0, -1))
-        kinds = {"random": s, "two alike": alike, "one silent": silent, "two opposite": opposite, "zeros": [0 * f for f in s], "all alike": [f[:1].expand_as(f) for f in s],
+        kinds = {"random": s, "two alike": alike, "one silent": silent, "two opposite": opposite,
+                 "zeros": [0 * f for f in s], "all alike": [f[:1].expand_as(f) for f in s],
                  "small": [1e-4 * f for f in s], "large": [large * f for f in s]}
         for (what, inputs), (of_teacher, teacher) in product(kinds.items(), {"random": t, "zeros": [0 * f for f in t]}.items()):
             e = [f.detach().to(dtype).requires_grad_() for f in inputs]
@@ -282,19 +289,24 @@ def test_what_is_wrong_with_a_batch_is_said_in_one_line(name, problem, change, m
     s, t = change(s, t)
     if message is None:
         pairs = len(CASES[name][1](8, 1)[0][0]) == 4
-        message = f"{name} needs as many layers of the teacher as of the student, at least .*; got {len(s)} of the student and {len(t)} of the teacher" if pairs else "student.*got list"
+        message = (f"{name} needs as many layers of the teacher as of the student, at least .*; "
+                   f"got {len(s)} of the student and {len(t)} of the teacher" if pairs else "student.*got list")
     assert_says(lambda: called(loss, t, more)(*s), message)
 
 
-@pytest.mark.parametrize("name, least", [("KD", 1), ("RKD", 2), ("RKDDistance", 2), ("RKDAngle", 3), ("CC", 2), ("SP", 2), ("PKT", 2), ("PKT distinct", 3), ("CRD", 1), ("AT", 1), ("FitNet", 1), ("FSP", 1)])
+@pytest.mark.parametrize("name, least", [("KD", 1), ("RKD", 2), ("RKDDistance", 2), ("RKDAngle", 3), ("CC", 2), ("SP", 2),
+                                         ("PKT", 2), ("PKT distinct", 3), ("CRD", 1), ("AT", 1), ("FitNet", 1), ("FSP", 1)])
 def test_too_small_a_batch_is_said_in_one_line(name, least):
     loss, s, t, more = case(name, 8)
     n = least - 1
-    assert_says(lambda: loss(as_given([f[:n] for f in s]), as_given([f[:n] for f in t]), **{k: v[:n] for k, v in more.items()}), rf"at least {least} samples in a batch; got N = {n}: use a larger batch, or drop_last=True|none empty; got .*\(0, |at least one; got \(0, |CRD needs")
+    assert_says(lambda: loss(as_given([f[:n] for f in s]), as_given([f[:n] for f in t]), **{k: v[:n] for k, v in more.items()}),
+                rf"at least {least} samples in a batch; got N = {n}: use a larger batch, or drop_last=True|none empty; "
+                r"got .*\(0, |at least one; got \(0, |CRD needs")
 
 
 def test_the_two_doors_detach_only_the_teacher():
-    for s, t in (as_pair(torch.zeros(4, 2).requires_grad_(), torch.zeros(4, 3).requires_grad_(), 2, "x"), *as_map_pairs(torch.zeros(4, 2, 1, 1).requires_grad_(), torch.zeros(4, 3, 1, 1).requires_grad_(), "x")):
+    for s, t in (as_pair(torch.zeros(4, 2).requires_grad_(), torch.zeros(4, 3).requires_grad_(), 2, "x"),
+                 *as_map_pairs(torch.zeros(4, 2, 1, 1).requires_grad_(), torch.zeros(4, 3, 1, 1).requires_grad_(), "x")):
         assert s.requires_grad and not t.requires_grad
 
 
@@ -323,8 +335,10 @@ class Sized(nn.Module):
 
 
 @pytest.mark.parametrize("thing, options, value", [
-    (F.mse_loss, None, lambda s, t: F.mse_loss(s, t)), (F.smooth_l1_loss, {"beta": .5}, lambda s, t: F.smooth_l1_loss(s, t, beta=.5)), (nn.MSELoss, None, lambda s, t: F.mse_loss(s, t)),
-    (Plain, {"power": 3}, lambda s, t: (s - t).abs().pow(3).mean()), (lambda student, teacher: (student - teacher).sum(), None, lambda s, t: (s - t).sum()),
+    (F.mse_loss, None, lambda s, t: F.mse_loss(s, t)), (F.smooth_l1_loss, {"beta": .5}, lambda s, t: F.smooth_l1_loss(
+        s, t, beta=.5)), (nn.MSELoss, None, lambda s, t: F.mse_loss(s, t)),
+    (Plain, {"power": 3}, lambda s, t: (s - t).abs().pow(3).mean()),
+    (lambda student, teacher: (student - teacher).sum(), None, lambda s, t: (s - t).sum()),
     (FitNet, {"in_channels": 4, "out_channels": 4}, None), ("AT", {"p": 1}, None), (Sized, None, None)], ids=range(8))
 def test_a_name_a_class_or_a_function_becomes_a_loss(thing, options, value):
     s, t = torch.randn(8, 4).requires_grad_(), torch.randn(8, 4).requires_grad_()
@@ -341,12 +355,14 @@ def test_a_name_a_class_or_a_function_becomes_a_loss(thing, options, value):
 @pytest.mark.parametrize("call, message", [
     (lambda: as_loss("RKDAngel"), "unknown loss 'RKDAngel': did you mean 'RKDAngle'?"),
     (lambda: as_loss("Paraphraser"), "unknown loss 'Paraphraser'"),
-    (lambda: as_loss(nn.MSELoss()), "a loss is given as a class, since every student makes its own; got an object: give MSELoss, and its options"),
+    (lambda: as_loss(nn.MSELoss()), "a loss is given as a class, since every student makes its own; got an object: "
+                                    "give MSELoss, and its options"),
     (lambda: as_loss(3), r"a loss is a name in relkd.losses, a class, or a function of \(student, teacher\); got 3"),
     (lambda: as_loss("KD", {"t": 4.}), "KD cannot be made with the options {'t': 4.0}: .*unexpected keyword argument 't'"),
     (lambda: as_loss(FitNet), "FitNet cannot be made with the options {}: .*in_channels"),
     (lambda: as_loss(dict), r"a loss is called with \(student, teacher\); an object of dict cannot be called"),
-    (lambda: as_loss(F.mse_loss, {"reduction": "none"})(torch.zeros(4, 3), torch.zeros(4, 3)), r"a loss is a tensor of 0 dimensions; mse_loss gave shape \(4, 3\): take a mean or a sum"),
+    (lambda: as_loss(F.mse_loss, {"reduction": "none"})(torch.zeros(4, 3), torch.zeros(4, 3)),
+     r"a loss is a tensor of 0 dimensions; mse_loss gave shape \(4, 3\): take a mean or a sum"),
     (lambda: as_loss(lambda student, teacher: 1.)(torch.zeros(4, 3), torch.zeros(4, 3)), "gave float"),
 ], ids=range(9))
 def test_what_cannot_be_a_loss_is_said_in_one_line(call, message):

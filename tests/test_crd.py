@@ -68,9 +68,11 @@ def test_crd_is_torchdistills_over_several_steps(dtype, tolerance, samples, k):
         index, negatives = torch.randperm(samples, generator=gen(step))[:8], torch.randint(samples, (8, k), generator=gen(step + 9))
 
         def other(s, ws, bs, wt, bt):
-            io = {"n": {"output": F.normalize(F.linear(s, ws, bs))}, "e": {"input": {"pos_idx": index, "contrast_idx": torch.cat([index[:, None], negatives], 1)}}}
+            io = {"n": {"output": F.normalize(F.linear(s, ws, bs))},
+                  "e": {"input": {"pos_idx": index, "contrast_idx": torch.cat([index[:, None], negatives], 1)}}}
             return theirs(io, {"n": {"output": F.normalize(F.linear(t, wt, bt))}}).squeeze(0)
-        assert_same(value_and_gradients(call(mine, t, index, negatives), s, *mine.parameters()), value_and_gradients(other, s, *mine.parameters()), tolerance)
+        assert_same(value_and_gradients(call(mine, t, index, negatives), s, *mine.parameters()),
+                    value_and_gradients(other, s, *mine.parameters()), tolerance)
         torch.testing.assert_close(mine.memory_s, theirs.memory_v1)
         torch.testing.assert_close(mine.memory_t, theirs.memory_v2)
         torch.testing.assert_close(mine.log_Z.exp(), theirs.params[2:4], rtol=1e-5, atol=0)
@@ -81,13 +83,16 @@ def test_crd_worked_on_paper():
     p = torch.tensor([1., 0, -1, .6]).exp()
     p = p / (6 * p.mean())
     expected = -(p[0] / (p[0] + .5)).log() - (.5 / (p[1:] + .5)).log().sum()
-    value, gradient, log_Z = contrast(torch.tensor([[1., 0.]]), memory, torch.tensor([[0, 1, 2, 4]]), torch.tensor(float("inf")), T=1., eps=0.)
+    value, gradient, log_Z = contrast(torch.tensor([[1., 0.]]), memory, torch.tensor([[0, 1, 2, 4]]),
+                                      torch.tensor(float("inf")), T=1., eps=0.)
     torch.testing.assert_close(value, expected)
-    assert value.item() == pytest.approx(1.5947, abs=1e-4) and log_Z.exp().item() == pytest.approx(8.8624, abs=1e-3) and gradient.shape == (1, 2)
+    assert (value.item() == pytest.approx(1.5947, abs=1e-4) and log_Z.exp().item() == pytest.approx(8.8624, abs=1e-3)
+            and gradient.shape == (1, 2))
 
 
 @many
-@given(st.integers(2, 30), st.integers(1, 40), st.integers(1, 4), st.integers(1, 6), st.floats(.05, 5), st.floats(0, 1e-2), st.integers(0, 10**6))
+@given(st.integers(2, 30), st.integers(1, 40), st.integers(1, 4), st.integers(1, 6), st.floats(.05, 5),
+       st.floats(0, 1e-2), st.integers(0, 10**6))
 def test_contrast_is_its_formula(n, k, batch, d, T, eps, seed):
     """Both ways of getting the scores are met, since n is below and above (K + 1) D."""
     g = gen(seed)
@@ -135,15 +140,18 @@ def test_crd_is_blind_to_a_common_rotation_to_lengths_and_to_numbering(seed):
         other = copy.deepcopy(loss)
         other.load_state_dict(state | new)
         return other(s, t, index, negatives)
-    for value in (changed({k: 3 * v for k, v in kind("embed").items()}), changed({k: q @ v for k, v in kind("embed").items()} | {k: v @ q.T for k, v in kind("memory").items()}),
-                  changed({k: v[number.argsort()] for k, v in kind("memory").items()}, number[index], number[negatives]), changed({}, negatives=negatives.flip(1))):
+    for value in (changed({k: 3 * v for k, v in kind("embed").items()}),
+                  changed({k: q @ v for k, v in kind("embed").items()} | {k: v @ q.T for k, v in kind("memory").items()}),
+                  changed({k: v[number.argsort()] for k, v in kind("memory").items()}, number[index], number[negatives]),
+                  changed({}, negatives=negatives.flip(1))):
         torch.testing.assert_close(value, loss(s, t, index, negatives), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("k, n", [(1, 5), (9, 40), (1000, 300)])
 def test_a_clueless_critic(k, n):
     loss = crd(5, 7, n, 4, k, T=1e7, eps=0., dtype=torch.float64)
-    assert loss(*pair(3, dtype=torch.float64), torch.arange(3)).item() == pytest.approx(2 * (math.log(k + 1) + k * math.log1p(1 / k)), rel=1e-6)
+    assert loss(*pair(3, dtype=torch.float64), torch.arange(3)).item() == pytest.approx(
+        2 * (math.log(k + 1) + k * math.log1p(1 / k)), rel=1e-6)
 
 
 def test_the_best_critic_stays_one_below_the_information():
@@ -278,7 +286,8 @@ def test_crd_autocast_and_compile_change_nothing(classes):
 
 
 def test_no_large_block_is_made_or_kept():
-    """The usual code gathers N (K + 1) D numbers twice; here nothing larger than N x samples, and between forward and backward only N x D."""
+    """The usual code gathers N (K + 1) D numbers twice;
+    here nothing larger than N x samples, and between forward and backward only N x D."""
     loss, (s, t), largest, kept = crd(5, 7, 500, 32, 400), pair(16), [0], []
 
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -286,7 +295,8 @@ def test_no_large_block_is_made_or_kept():
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            largest[0] = max([largest[0], *(x.numel() for x in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(x, torch.Tensor))])
+            largest[0] = max([largest[0], *(x.numel() for x in (out if isinstance(out, (tuple, list)) else [out])
+                                            if isinstance(x, torch.Tensor))])
             return out
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x), Watch():
         loss(s.requires_grad_(), t, torch.arange(16))
@@ -327,18 +337,22 @@ given_pair = torch.rand(4, 3), torch.rand(4, 5)
 
 
 ERRORS = [
-    (lambda: CRD(0, 5, 20), "CRD needs in_features, out_features, feat_dim and negatives of at least 1 and 2 samples or more; got 0, 5, 128, 16384 and 20"),
+    (lambda: CRD(0, 5, 20), "CRD needs in_features, out_features, feat_dim and negatives of at least 1 and 2 samples "
+                            "or more; got 0, 5, 128, 16384 and 20"),
     (lambda: CRD(3, 5, 1), "got 3, 5, 128, 16384 and 1"),
     (lambda: CRD(3, 5, 20, T=0), "CRD needs T above 0, momentum from 0 to below 1 and eps of at least 0; got 0, 0.5 and 1e-07"),
     (lambda: CRD(3, 5, 20, momentum=1), "got 0.07, 1 and 1e-07"),
     (lambda: CRD(3, 5, 20, classes=torch.rand(20)), r"got \(20,\), torch.float32"),
-    (lambda: CRD.from_features(*given_pair), "CRD needs samples=, how many training samples there are, or their labels=: it remembers each of them"),
+    (lambda: CRD.from_features(*given_pair),
+     "CRD needs samples=, how many training samples there are, or their labels=: it remembers each of them"),
     (lambda: small(*given_pair, index=[0, 1, 2, 3]), "got list"),
     (lambda: small(*given_pair, index=torch.arange(4.)), r"got \(4,\), torch.float32"),
-    (lambda: small(*given_pair, index=torch.arange(17, 21)), r"CRD remembers 20 samples; got index= from 17 to 20: samples are counted from 0, within the training set"),
+    (lambda: small(*given_pair, index=torch.arange(17, 21)), r"CRD remembers 20 samples; got index= from 17 to 20: "
+                                                             r"samples are counted from 0, within the training set"),
     (lambda: small(*given_pair, index=torch.arange(-1, 3)), "got index= from -1 to 2"),
     (lambda: small(*given_pair, index=torch.arange(4), negatives=torch.full((4, 2), 20)), "got negatives= from 20 to 20"),
-    (lambda: small(given_pair[1], given_pair[0], index=torch.arange(4)), "CRD was made for 3 student and 5 teacher features; got 5 and 3: CRD.from_features reads them from an example"),
+    (lambda: small(given_pair[1], given_pair[0], index=torch.arange(4)),
+     "CRD was made for 3 student and 5 teacher features; got 5 and 3: CRD.from_features reads them from an example"),
 ]
 
 

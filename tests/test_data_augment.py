@@ -36,7 +36,8 @@ def jitter_loop(images, amounts, g):
     """torchvision on floats in 0..1, one image at a time, with the factors that colour_jitter draws."""
     low = torch.tensor([max(0., 1 - a) for a in amounts])
     factors = low + torch.rand(3, len(images), generator=g).T * (1 + torch.tensor(amounts) - low)
-    return torch.stack([255 * TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(x / 255, b.item()), c.item()), s.item()) for x, (b, c, s) in zip(images, factors)])
+    return torch.stack([255 * TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(x / 255, b.item()), c.item()),
+                                                   s.item()) for x, (b, c, s) in zip(images, factors)])
 
 
 def bytes_of(shape, seed=0):
@@ -64,7 +65,8 @@ def test_colour_jitter_equals_torchvisions_image_by_image(channels, amounts):
 
 
 def test_colour_jitter_needs_colours():
-    one_line(lambda: colour_jitter(torch.zeros(2, 4, 5, 5), .1, .1, .1, gen()), "colour_jitter needs images of 1 or 3 channels; got (2, 4, 5, 5)")
+    one_line(lambda: colour_jitter(torch.zeros(2, 4, 5, 5), .1, .1, .1, gen()),
+             "colour_jitter needs images of 1 or 3 channels; got (2, 4, 5, 5)")
 
 
 @pytest.mark.parametrize("f, options", [(rotate, {"degrees": 30}), (colour_jitter, {"brightness": .5, "contrast": .5, "saturation": .5})])

@@ -41,7 +41,8 @@ def test_images_in_folders_are_torchvisions(tmp_path, test):
     (tmp_path / "own" / "train" / ".ipynb_checkpoints").rmdir()
     for part, (x, y) in (("train", data.split("train")), (test, data.split("test"))):
         theirs = ImageFolder(tmp_path / "own" / part)
-        assert y.tolist() == theirs.targets and all(np.array_equal(a.permute(1, 2, 0).numpy(), np.asarray(b)) for a, (b, _) in zip(x, theirs, strict=True))
+        assert y.tolist() == theirs.targets and all(np.array_equal(a.permute(1, 2, 0).numpy(), np.asarray(b))
+                                                    for a, (b, _) in zip(x, theirs, strict=True))
     assert len(before) == len(sorted(tmp_path.rglob("*"))) + 2, "something was written"
     assert load(str(tmp_path / "own")).fingerprint == data.fingerprint == load(str(tmp_path / "own") + "/", "/nowhere").fingerprint
 
@@ -68,7 +69,8 @@ def png16(colour):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     rows = b"".join(b"\0" + bytes(range(4 * n)) for _ in range(2))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, colour, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, colour, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
 def tiff(array):
@@ -77,15 +79,18 @@ def tiff(array):
     return out.getvalue()
 
 
-@pytest.mark.parametrize("content", [png16(0), png16(2), png16(4), tiff(np.zeros((2, 2), np.uint16)), tiff(np.zeros((2, 2), np.int32)), tiff(np.zeros((2, 2), np.float32)), b"P6 2 2 65535\n" + bytes(24)],
+@pytest.mark.parametrize("content", [png16(0), png16(2), png16(4), tiff(np.zeros((2, 2), np.uint16)), tiff(
+    np.zeros((2, 2), np.int32)), tiff(np.zeros((2, 2), np.float32)), b"P6 2 2 65535\n" + bytes(24)],
                          ids=["png grey", "png rgb", "png alpha", "tiff 16", "tiff 32", "tiff float", "ppm"])
 def test_more_than_eight_bits_are_refused(tmp_path, content):
     folder(tmp_path / "own")
     (tmp_path / "own" / "test" / "bee" / "deep.png").write_bytes(content)
-    one_line(lambda: load("own", tmp_path, size=9), "own: image test/bee/deep.png has more than 8 bits a channel (mode ", "convert it to 8 bits")
+    one_line(lambda: load("own", tmp_path, size=9), "own: image test/bee/deep.png has more than 8 bits a channel (mode ",
+             "convert it to 8 bits")
 
 
-@pytest.mark.parametrize("mode, kind", [("1", "png"), ("L", "png"), ("P", "png"), ("LA", "png"), ("RGBA", "png"), ("CMYK", "jpg"), ("L", "jpg"), ("RGB", "webp")])
+@pytest.mark.parametrize("mode, kind", [("1", "png"), ("L", "png"), ("P", "png"), ("LA", "png"), ("RGBA", "png"),
+                                        ("CMYK", "jpg"), ("L", "jpg"), ("RGB", "webp")])
 def test_all_kinds_of_eight_bits_become_rgb(tmp_path, mode, kind):
     folder(tmp_path / "own")
     path = tmp_path / "own" / "train" / "ant" / f"9.{kind}"
@@ -94,14 +99,20 @@ def test_all_kinds_of_eight_bits_become_rgb(tmp_path, mode, kind):
 
 
 @pytest.mark.parametrize("spoil, options, expected", [
-    (lambda f: picture(f / "test" / "bee" / "z.png", size=(9, 8)), {}, "own: image test/bee/z.png must have 9 x 9 pixels; got 9 x 8: all must have one size, or choose one, size=32"),
-    (lambda f: picture(f / "train" / "ant" / "0.png", size=(9, 8)), {}, "0.png has 9 x 8 pixels, not a square: choose a size for all, size=32"),
+    (lambda f: picture(f / "test" / "bee" / "z.png", size=(9, 8)), {},
+     "own: image test/bee/z.png must have 9 x 9 pixels; got 9 x 8: all must have one size, or choose one, size=32"),
+    (lambda f: picture(f / "train" / "ant" / "0.png", size=(9, 8)), {},
+     "0.png has 9 x 8 pixels, not a square: choose a size for all, size=32"),
     (lambda f: (f / "train" / "ant" / "0.png").write_bytes(b"no image"), {}, "0.png is no image, or damaged (UnidentifiedImageError)"),
-    (lambda f: (f / "train" / "ant" / "0.png").write_bytes((f / "train" / "ant" / "0.png").read_bytes()[:60]), {}, "image train/ant/0.png is missing or damaged"),
+    (lambda f: (f / "train" / "ant" / "0.png").write_bytes((f / "train" / "ant" / "0.png").read_bytes()[:60]), {},
+     "image train/ant/0.png is missing or damaged"),
     (lambda f: (f / "test" / "dog").mkdir(), {}, "class 'dog' has no image in"),
     (lambda f: picture(f / "test" / "dog" / "0.png"), {}, "class 'dog' in split 'test' of"),
     (lambda f: [shutil.rmtree(f / "train" / c) for c in ("ant", "bee", "cat")], {}, "train must hold one folder of images for each class"),
-    (lambda f: shutil.rmtree(f / "test"), {}, "looked for own/{train,test}_{images,labels}.npy and own/{images,labels}.npy with splits.json and own/train/CLASS/*.png with own/test/ and own/train/CLASS/*.png with own/val/ (own/test, own/val missing); place one of these"),
+    (lambda f: shutil.rmtree(f / "test"),
+     {}, "looked for own/{train,test}_{images,labels}.npy and own/{images,labels}.npy with splits.json and "
+         "own/train/CLASS/*.png with own/test/ and own/train/CLASS/*.png with own/val/ (own/test, own/val missing); "
+         "place one of these"),
     (lambda f: None, {"size": 0}, "size is the height and width of an image, at least 1; got 0"),
     (lambda f: None, {"sice": 8}, "data set 'own' has no option 'sice': it has size, grey"),
 ])
@@ -136,7 +147,8 @@ def few(root, splits={"train": ["ant", 1], "val": ["cat"], "test": ["dog"]}, cla
 def test_arrays_with_a_split_by_class(tmp_path):
     few(tmp_path / "own")
     data = load("own", tmp_path)
-    assert data.by_class and data.splits == {"train": (0, 1), "val": (2,), "test": (3,)} and data.counts == {"train": 6, "val": 3, "test": 3} and data.classes == ("ant", "bee", "cat", "dog")
+    assert (data.by_class and data.splits == {"train": (0, 1), "val": (2,), "test": (3,)}
+            and data.counts == {"train": 6, "val": 3, "test": 3} and data.classes == ("ant", "bee", "cat", "dog"))
     assert np.array_equal(data.images.permute(0, 2, 3, 1).numpy(), np.load(tmp_path / "own" / "images.npy"))
     data.images.zero_()
     assert np.load(tmp_path / "own" / "images.npy").any()
@@ -146,9 +158,13 @@ def test_arrays_with_a_split_by_class(tmp_path):
 
 
 @pytest.mark.parametrize("splits, expected", [
-    ("{", "splits.json cannot be read"), ("[]", "must hold lists of class names or numbers"), ('{"train": "ant"}', "must hold lists"), ({"train": [0.5], "test": [1]}, "must hold lists"), ({"train": [True], "test": [1]}, "must hold lists"),
-    ({"train": ["ant"], "test": ["bea"]}, "unknown class of own 'bea': did you mean 'bee'?"), ({"train": ["ant"], "test": [0]}, "the splits of own share class 'ant'"),
-    ({"train": ["ant"], "test": [4]}, "names an unknown class 4: classes are numbered from 0 to 3"), ({"train": ["ant"], "test": [-1]}, "names an unknown class -1"), ({"train": ["ant"]}, "own has no class in split 'test'"),
+    ("{", "splits.json cannot be read"), ("[]", "must hold lists of class names or numbers"),
+    ('{"train": "ant"}', "must hold lists"), ({"train": [0.5], "test": [1]}, "must hold lists"),
+    ({"train": [True], "test": [1]}, "must hold lists"),
+    ({"train": ["ant"], "test": ["bea"]}, "unknown class of own 'bea': did you mean 'bee'?"),
+    ({"train": ["ant"], "test": [0]}, "the splits of own share class 'ant'"),
+    ({"train": ["ant"], "test": [4]}, "names an unknown class 4: classes are numbered from 0 to 3"),
+    ({"train": ["ant"], "test": [-1]}, "names an unknown class -1"), ({"train": ["ant"]}, "own has no class in split 'test'"),
 ])
 def test_splits_that_are_wrong(tmp_path, splits, expected):
     few(tmp_path / "own", splits)

@@ -56,10 +56,12 @@ def rewrite(name, array):
 
 @pytest.mark.parametrize("spoil, expected", [
     (lambda f: (f / "test_labels.npy").unlink(), ["looked for own/{train,test}_{images,labels}.npy", "(own/test_labels.npy missing)"]),
-    (lambda f: (f / "train_images.npy").write_bytes((f / "train_images.npy").read_bytes()[:300]), ["train_images.npy is not a whole .npy file"]),
+    (lambda f: (f / "train_images.npy").write_bytes((f / "train_images.npy").read_bytes()[:300]),
+     ["train_images.npy is not a whole .npy file"]),
     (lambda f: (f / "train_labels.npy").write_bytes(b""), ["train_labels.npy is not a whole .npy file"]),
     (rewrite("train_labels.npy", np.array([{}] * 6, dtype=object)), ["train_labels.npy is not a whole .npy file"]),
-    (rewrite("train_images.npy", np.zeros((6, 3, 5, 7), np.uint8)), ["must hold uint8 images (N, H, W, C) with 1 or 3 channels; got uint8 (6, 3, 5, 7)"]),
+    (rewrite("train_images.npy", np.zeros((6, 3, 5, 7), np.uint8)),
+     ["must hold uint8 images (N, H, W, C) with 1 or 3 channels; got uint8 (6, 3, 5, 7)"]),
     (rewrite("train_images.npy", np.zeros((6, 5, 7, 3))), ["got float64 (6, 5, 7, 3)"]),
     (rewrite("test_images.npy", np.zeros((4, 5, 8, 3), np.uint8)), ["must have one shape; got (5, 7, 3) and (5, 8, 3)"]),
     (rewrite("train_labels.npy", np.zeros(5, int)), ["must hold 6 integer labels; got int64 (5,)"]),
@@ -75,7 +77,8 @@ def test_plain_arrays_that_are_wrong(tmp_path, spoil, expected):
 def test_every_set_that_is_missing_says_where_it_was_looked_for_and_how_to_get_it(tmp_path):
     for name in ("cifar10", "cifar100", "tinyimagenet", "omniglot", "cifar_fs", "fc100", "miniimagenet"):
         got = {"cifar_fs": "cifar100", "fc100": "cifar100"}.get(name, name)
-        one_line(lambda: load(name, tmp_path), f"data set {name!r} is not in {tmp_path}: looked for ", "RELKD_DATA", f"`relkd data get {got}`" if name != "miniimagenet" else "place your copy there")
+        one_line(lambda: load(name, tmp_path), f"data set {name!r} is not in {tmp_path}: looked for ", "RELKD_DATA",
+                 f"`relkd data get {got}`" if name != "miniimagenet" else "place your copy there")
     assert "cifar-100-python/" in one_line(lambda: load("fc100", tmp_path), "cifar100/{train,test}_{images,labels}.npy")
     one_line(lambda: load("tinyimagnet", tmp_path), "unknown data set 'tinyimagnet': did you mean 'tinyimagenet'?")
     one_line(lambda: load("../own", tmp_path), "unknown data set '../own'")
@@ -124,9 +127,11 @@ def torchvision_cifar(tmp_path, monkeypatch):
 def test_torchvisions_cifar_and_the_same_as_plain_arrays(torchvision_cifar):
     root, images = torchvision_cifar
     data = load("cifar100", root)
-    assert np.array_equal(data.train_images.numpy().reshape(3, -1), images["train"]) and data.train_labels.tolist() == [5, 0, 99] and data.classes == CLASSES["cifar100"]
+    assert (np.array_equal(data.train_images.numpy().reshape(3, -1), images["train"])
+            and data.train_labels.tolist() == [5, 0, 99] and data.classes == CLASSES["cifar100"])
     (root / "cifar100").mkdir()
-    for name, array in zip(PLAIN, (data.train_images.permute(0, 2, 3, 1), data.train_labels, data.test_images.permute(0, 2, 3, 1), data.test_labels)):
+    for name, array in zip(PLAIN, (data.train_images.permute(0, 2, 3, 1), data.train_labels,
+                                   data.test_images.permute(0, 2, 3, 1), data.test_labels)):
         np.save(root / "cifar100" / name, array.numpy())
     (root / "cifar-100-python" / "train").unlink()                               # so that the arrays are what is read
     assert load("cifar100", root).fingerprint == data.fingerprint and fetch("cifar100", root).fingerprint == data.fingerprint
@@ -153,12 +158,14 @@ def test_the_real_cifar100():
     assert data.train_labels.bincount().eq(500).all() and data.test_labels.bincount().eq(100).all()
     fs, fc = load("cifar_fs", REAL), load("fc100", REAL)
     assert fs.counts == {"train": 38400, "val": 9600, "test": 12000} and fc.counts == {"train": 36000, "val": 12000, "test": 12000}
-    assert [d.fingerprint[:12] for d in (data, fs, fc)] == ["12350f9802b1", "65134b370416", "f6b94ccfdc1d"] and torch.equal(fs.images, fc.images) and fs.labels.bincount().eq(600).all()
+    assert ([d.fingerprint[:12] for d in (data, fs, fc)] == ["12350f9802b1", "65134b370416", "f6b94ccfdc1d"]
+            and torch.equal(fs.images, fc.images) and fs.labels.bincount().eq(600).all())
 
 
 def test_the_published_splits_of_cifar100():
     parts = {n: {s: t.split() for s, t in held.items()} for n, held in {**HELD_OUT, "omniglot": HELD_OUT_ALPHABETS}.items()}
-    assert [len(set(parts["cifar_fs"][s])) for s in ("val", "test")] == [16, 20] and set(sum(parts["cifar_fs"].values(), [])) <= set(CLASSES["cifar100"])
+    assert ([len(set(parts["cifar_fs"][s])) for s in ("val", "test")] == [16, 20]
+            and set(sum(parts["cifar_fs"].values(), [])) <= set(CLASSES["cifar100"]))
     assert [len(set(parts["fc100"][s])) for s in ("val", "test")] == [4, 4] and set(sum(parts["fc100"].values(), [])) <= set(SUPERCLASSES)
     assert all(set(p["val"]).isdisjoint(p["test"]) for p in parts.values())
 
@@ -169,7 +176,8 @@ def test_tiny_imagenet_is_read_from_the_zip_once(tmp_path):
     data = load("tinyimagenet", root)
     assert data.classes == ("n01443537 goldfish", "n02124075 Egyptian cat") and data.train_images.shape == (6, 3, 64, 64)
     assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1] and data.test_labels.tolist() == [1, 0, 1, 0]
-    for got, content in [(data.train_images[0], jpeg(10)), (data.train_images[2], jpeg(12, "L")), (data.train_images[5], jpeg(2)), (data.test_images[3], jpeg(53))]:
+    for got, content in [(data.train_images[0], jpeg(10)), (data.train_images[2], jpeg(12, "L")),
+                         (data.train_images[5], jpeg(2)), (data.test_images[3], jpeg(53))]:
         assert np.array_equal(got.permute(1, 2, 0).numpy(), decoded(content))
     assert torch.equal(data.train_images[2, 0], data.train_images[2, 2])
     assert not list(tmp_path.rglob("*evil*")) and sorted(p.name for p in root.iterdir()) == ["tiny-imagenet-200.zip", "tinyimagenet"]
@@ -178,11 +186,14 @@ def test_tiny_imagenet_is_read_from_the_zip_once(tmp_path):
 
 
 @pytest.mark.parametrize("change, expected", [
-    ({"train/n01443537/images/n01443537_1.JPEG": b"no image"}, "image tiny-imagenet-200/train/n01443537/images/n01443537_1.JPEG is missing or damaged (UnidentifiedImageError): get the file again"),
+    ({"train/n01443537/images/n01443537_1.JPEG": b"no image"},
+     "image tiny-imagenet-200/train/n01443537/images/n01443537_1.JPEG is missing or damaged (UnidentifiedImageError): "
+     "get the file again"),
     ({"val/images/val_2.JPEG": jpeg(1)[:400]}, "image tiny-imagenet-200/val/images/val_2.JPEG is missing or damaged"),
     ({"val/images/val_2.JPEG": None}, "image tiny-imagenet-200/val/images/val_2.JPEG is missing or damaged (KeyError)"),
     ({"val/images/val_0.JPEG": jpeg(1, size=32)}, "val_0.JPEG must have 64 x 64 pixels; got 32 x 32"),
-    ({"val/val_annotations.txt": "../../evil.JPEG\tn01443537\n"}, "image tiny-imagenet-200/val/images/../../evil.JPEG is missing or damaged (KeyError)"),
+    ({"val/val_annotations.txt": "../../evil.JPEG\tn01443537\n"},
+     "image tiny-imagenet-200/val/images/../../evil.JPEG is missing or damaged (KeyError)"),
     ({"val/val_annotations.txt": "val_0.JPEG\tn05555555\n"}, "holds no training image of class n05555555: it is not whole"),
     ({"val/val_annotations.txt": None}, "holds no tiny-imagenet-200/val/val_annotations.txt: it is not the publisher's"),
     ({"val/val_annotations.txt": "val_0.JPEG\n"}, "holds no training image of class val_0.JPEG"),
@@ -201,7 +212,8 @@ def test_a_zip_that_was_cut_or_tampered_with(tmp_path):
     with zipfile.ZipFile(path) as z:
         offset = z.getinfo("tiny-imagenet-200/val/images/val_3.JPEG").header_offset
         notes = z.getinfo("tiny-imagenet-200/val/val_annotations.txt").header_offset
-    for spot, name in ((offset + 500, "image tiny-imagenet-200/val/images/val_3.JPEG is missing or damaged"), (notes + 80, "val/val_annotations.txt is damaged")):
+    for spot, name in ((offset + 500, "image tiny-imagenet-200/val/images/val_3.JPEG is missing or damaged"),
+                       (notes + 80, "val/val_annotations.txt is damaged")):
         path.write_bytes(whole[:spot] + bytes([whole[spot] ^ 0x55]) + whole[spot + 1:])
         one_line(lambda: load("tinyimagenet", tmp_path), str(path), name, "get the file again")
     for cut in (whole[:len(whole) // 2], whole[:-10], b""):
@@ -226,7 +238,8 @@ def test_two_processes_that_decode_at_once(tmp_path):
     results = []
     threads = [threading.Thread(target=lambda: results.append(load("tinyimagenet", tmp_path).fingerprint)) for _ in range(4)]
     [t.start() for t in threads], [t.join() for t in threads]
-    assert len(results) == 4 and len(set(results)) == 1 and sorted(p.name for p in tmp_path.iterdir()) == ["tiny-imagenet-200.zip", "tinyimagenet"]
+    assert (len(results) == 4 and len(set(results)) == 1
+            and sorted(p.name for p in tmp_path.iterdir()) == ["tiny-imagenet-200.zip", "tinyimagenet"])
 
 
 def test_omniglot_is_shrunk_turned_and_split(tmp_path):
@@ -234,11 +247,13 @@ def test_omniglot_is_shrunk_turned_and_split(tmp_path):
     f = load("omniglot", tmp_path)
     assert f.images.shape == (64, 1, 28, 28) and len(f.classes) == 32 and f.counts == {"train": 24, "val": 16, "test": 24}
     names = {s: {f.classes[i] for i in ids} for s, ids in f.splits.items()}
-    assert "Gurmukhi/character01/rot000" in names["train"] and "Gurmukhi/character45/rot270" in names["test"] and "Hebrew/character02/rot090" in names["val"]
+    assert ("Gurmukhi/character01/rot000" in names["train"] and "Gurmukhi/character45/rot270" in names["test"]
+            and "Hebrew/character02/rot090" in names["val"])
     for i in (0, 7, 15):
         for k in range(4):
             want = area_resize(torch.from_numpy(np.rot90(images[i], k).copy())[None, None] * 255, 28)[0]
-            assert (f.images[i + 16 * k].int() - want.int()).abs().max() <= 1 and f.classes[f.labels[i + 16 * k]] == f"{rows[i // 2][1]}/{rows[i // 2][2]}/rot{90 * k:03}"
+            assert ((f.images[i + 16 * k].int() - want.int()).abs().max() <= 1
+                    and f.classes[f.labels[i + 16 * k]] == f"{rows[i // 2][1]}/{rows[i // 2][2]}/rot{90 * k:03}")
 
 
 def test_omniglot_from_torchvisions_zips(tmp_path):
@@ -255,18 +270,22 @@ def test_omniglot_from_torchvisions_zips(tmp_path):
                     z.writestr(f"{s}/{a}/{c}/{n:04}_{d:02}.png", out.getvalue())
     got, want = load("omniglot", root), load("omniglot", tmp_path / "plain")
     key = lambda f: {(f.classes[y], x.numpy().tobytes()) for x, y in zip(f.images, f.labels)}    # noqa: E731
-    assert key(got) == key(want) and np.load(root / "omniglot" / "images.npy").max() == 1                # labels follow the sorted alphabets
+    # labels follow the sorted alphabets
+    assert key(got) == key(want) and np.load(root / "omniglot" / "images.npy").max() == 1
     shutil.rmtree(root / "omniglot-py")
     assert load("omniglot", root).fingerprint == got.fingerprint
 
 
 @pytest.mark.parametrize("spoil, expected", [
-    (lambda f: (f / "characters.csv").write_text("label,alphabet\n0,Latin\n"), "characters.csv must have rows with the columns label, alphabet, character"),
-    (lambda f: (f / "characters.csv").write_text("label,alphabet,character\n0,Latin,c\n0,Latin,d\n"), "one row for each label from 0 to 1; got 0, 0 ..."),
+    (lambda f: (f / "characters.csv").write_text("label,alphabet\n0,Latin\n"),
+     "characters.csv must have rows with the columns label, alphabet, character"),
+    (lambda f: (f / "characters.csv").write_text("label,alphabet,character\n0,Latin,c\n0,Latin,d\n"),
+     "one row for each label from 0 to 1; got 0, 0 ..."),
     (lambda f: (f / "characters.csv").write_text("label,alphabet,character\n0,Latin,c\n"), "labels from 0 to 0; got 0 to 7"),
     (lambda f: (f / "characters.csv").write_bytes(b"\xff\xfe"), "characters.csv cannot be read"),
     (lambda f: np.save(f / "labels.npy", np.zeros(3, int)), "must hold 16 integer labels"),
-    (lambda f: (f / "characters.csv").write_text((f / "characters.csv").read_text().replace("Hebrew", "Klingon")), "omniglot has no class in split 'val'"),
+    (lambda f: (f / "characters.csv").write_text((f / "characters.csv").read_text().replace("Hebrew", "Klingon")),
+     "omniglot has no class in split 'val'"),
 ])
 def test_omniglot_arrays_that_are_wrong(tmp_path, spoil, expected):
     omniglot_arrays(tmp_path)
@@ -309,7 +328,8 @@ def test_miniimagenet_is_decoded_once(tmp_path):
 @pytest.mark.parametrize("spoil, expected", [
     (lambda f: (f / "val.csv").unlink(), "(miniimagenet/arrays/images.npy"),
     (lambda f: (f / "val.csv").write_text("file,label\na,b\n"), "val.csv must have rows with the columns filename, label"),
-    (lambda f: (f / "val.csv").write_text("filename,label\n../train.csv,b\n"), "val.csv must name files inside images/; got '../train.csv'"),
+    (lambda f: (f / "val.csv").write_text("filename,label\n../train.csv,b\n"),
+     "val.csv must name files inside images/; got '../train.csv'"),
     (lambda f: (f / "val.csv").write_text("filename,label\nx.jpg,b\n"), "image x.jpg is missing or damaged (FileNotFoundError)"),
     (lambda f: (f / "test.csv").write_text("filename,label\nn00000_0.jpg,n00000\n"), "test.csv shares class 'n00000' with another list"),
 ])
@@ -360,20 +380,23 @@ def test_a_download_is_whole_or_not_there(server, tmp_path):
     assert download(f"{url}/file.bin", to, MD5) == to and to.read_bytes() == CONTENT
     (site / "file.bin").unlink()
     assert download(f"{url}/file.bin", to, MD5) == to                            # it is there: nothing is asked
-    one_line(lambda: download(f"{url}/file.bin", to.with_name("b"), MD5), f"the download of {url}/file.bin to {to.with_name('b')} failed (404", "try again")
+    one_line(lambda: download(f"{url}/file.bin", to.with_name("b"), MD5),
+             f"the download of {url}/file.bin to {to.with_name('b')} failed (404", "try again")
     one_line(lambda: download(f"{url}/cut.bin", to.with_name("c"), MD5), f"{url}/cut.bin", "try again")
     assert [p.name for p in to.parent.iterdir()] == ["file.bin"]
 
 
 def test_a_download_of_another_file(server, tmp_path):
     url, _ = server
-    one_line(lambda: download(f"{url}/file.bin", tmp_path / "x" / "file.bin", "0" * 32), f"{url}/file.bin sent another file", "not " + "0" * 32)
+    one_line(lambda: download(f"{url}/file.bin", tmp_path / "x" / "file.bin", "0" * 32),
+             f"{url}/file.bin sent another file", "not " + "0" * 32)
     assert not list((tmp_path / "x").iterdir())
 
 
 def test_a_server_that_is_not_there_and_a_folder_that_cannot_be_made(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    one_line(lambda: download("http://127.0.0.1:9/file.bin", tmp_path / "file.bin", MD5), f"the download of http://127.0.0.1:9/file.bin to {tmp_path / 'file.bin'} failed", "try again")
+    one_line(lambda: download("http://127.0.0.1:9/file.bin", tmp_path / "file.bin", MD5),
+             f"the download of http://127.0.0.1:9/file.bin to {tmp_path / 'file.bin'} failed", "try again")
     (tmp_path / "file").write_text("")
     one_line(lambda: download("http://127.0.0.1:9/file.bin", tmp_path / "file" / "x" / "file.bin", MD5), "failed")
 
@@ -393,7 +416,10 @@ def test_a_name_is_checked_without_reading(tmp_path, monkeypatch):
     (tmp_path / "own" / "train_images.npy").write_bytes(b"damaged, but there")
     check_name("own", tmp_path)
     check_name("digits", tmp_path, test=300)
-    for name, options, expected in [("onw", {}, "unknown data set 'onw': did you mean 'own'?"), ("cifar10", {}, "data set 'cifar10' is not in"), ("digits", {"size": 8}, "data set 'digits' has no option 'size': it has test, seed"), ("own", {"size": 8}, "it has none")]:
+    for name, options, expected in [("onw", {}, "unknown data set 'onw': did you mean 'own'?"),
+                                    ("cifar10", {}, "data set 'cifar10' is not in"),
+                                    ("digits", {"size": 8}, "data set 'digits' has no option 'size': it has test, seed"),
+                                    ("own", {"size": 8}, "it has none")]:
         one_line(lambda: check_name(name, tmp_path, **options), expected)
 
 
@@ -405,7 +431,8 @@ def test_the_inventory_reads_again_only_what_changed(tmp_path, monkeypatch):
     first = inventory(tmp_path)
     by_name = {e["name"]: e for e in first}
     assert [*by_name] == ["digits", "omniglot", "own"] and by_name["own"]["fingerprint"] == load("own", tmp_path).fingerprint
-    assert by_name["own"] == {"name": "own", "by_class": False, "counts": {"train": 6, "test": 4}, "shape": [3, 5, 7], "classes": 2, "fingerprint": by_name["own"]["fingerprint"]}
+    assert by_name["own"] == {"name": "own", "by_class": False, "counts": {"train": 6, "test": 4}, "shape": [3, 5, 7],
+                              "classes": 2, "fingerprint": by_name["own"]["fingerprint"]}
     assert by_name["omniglot"]["by_class"] and by_name["digits"]["fingerprint"] == digits().fingerprint
     read = []
     entry = catalogue._entry

@@ -6,13 +6,15 @@ from hypothesis import strategies as st
 
 from data_helpers import one_line
 from helpers import gen
-from relkd.data import Batches, ClassBalanced, Dataset, Episodes, Stream, by_class, colour_jitter, draw_episodes, few_per_class, load, pad_crop
+from relkd.data import (Batches, ClassBalanced, Dataset, Episodes, Stream, by_class, colour_jitter, draw_episodes,
+                        few_per_class, load, pad_crop)
 
 DATA = load("digits")
 CLASSES = DATA.with_splits({"train": "012345", "val": "67", "test": "89"})
 STREAMS = {
     "batches": lambda seed: Batches(DATA, 64, seed),
-    "few, augmented": lambda seed: Batches(DATA, 32, seed, few_per_class(DATA.train_labels, 10, 1).flip(0), ((pad_crop, {"pad": 1}), (colour_jitter, {"brightness": .2, "contrast": .2, "saturation": .2}))),
+    "few, augmented": lambda seed: Batches(DATA, 32, seed, few_per_class(DATA.train_labels, 10, 1).flip(
+        0), ((pad_crop, {"pad": 1}), (colour_jitter, {"brightness": .2, "contrast": .2, "saturation": .2}))),
     "batches of some classes": lambda seed: Batches(CLASSES, 64, seed),
     "episodes": lambda seed: Episodes(CLASSES, "train", 4, 2, 3, seed, 5),
     "episodes of samples": lambda seed: Episodes(DATA, "test", 10, 1, 4, seed, 5),
@@ -119,12 +121,15 @@ def small(splits={"train": (0, 1), "val": (2,), "test": (3,)}):
 
 
 @pytest.mark.parametrize("call, expected", [
-    (lambda: ClassBalanced(small(), "train", 2, 4, 0), "batches with 4 images a class need 4 images of every class; class 'a' of the train images of own has 3"),
-    (lambda: ClassBalanced(small(), "train", 3, 1, 0), "a batch has from 1 to 2 classes, as many as the train images of own have, and at least 1 image of each; got classes = 3, images = 1"),
+    (lambda: ClassBalanced(small(), "train", 2, 4, 0), "batches with 4 images a class need 4 images of every class; "
+                                                       "class 'a' of the train images of own has 3"),
+    (lambda: ClassBalanced(small(), "train", 3, 1, 0), "a batch has from 1 to 2 classes, as many as the train images "
+                                                       "of own have, and at least 1 image of each; got classes = 3, images = 1"),
     (lambda: ClassBalanced(small(), "train", 0, 1, 0), "got classes = 0, images = 1"),
     (lambda: ClassBalanced(small(), "train", 1, 0, 0), "got classes = 1, images = 0"),
     (lambda: ClassBalanced(small(), "dev", 1, 1, 0), "unknown split of own 'dev'"),
-    (lambda: Episodes(small(), "train", 2, 2, 2, 0), "2 shots and 2 queries need 4 images of every class; class 'a' of the train classes of own has 3"),
+    (lambda: Episodes(small(), "train", 2, 2, 2, 0), "2 shots and 2 queries need 4 images of every class; "
+                                                     "class 'a' of the train classes of own has 3"),
     (lambda: Batches(DATA, 0, 0), "got batch_size = 0 and 1000 positions"),
     (lambda: Batches(DATA, 8, 0, torch.tensor([], dtype=torch.int64)), "got batch_size = 8 and 0 positions"),
     (lambda: Batches(DATA, 8, 0, torch.tensor([0, 1000])), "positions from 0 to 999"),

@@ -22,7 +22,8 @@ Y = torch.arange(8) % 6
 
 def layers(seed=0, n=8, logits=6, **more):
     g = gen(seed)
-    return {"logits": torch.randn(n, logits, generator=g, requires_grad=True), "fc:input": torch.randn(n, 5, generator=g, requires_grad=True), **more}
+    return {"logits": torch.randn(n, logits, generator=g, requires_grad=True),
+            "fc:input": torch.randn(n, 5, generator=g, requires_grad=True), **more}
 
 
 def value(row, s, t, y=Y, task=None, **kw):
@@ -37,7 +38,8 @@ def test_the_objective_is_the_task_plus_the_terms_and_the_teacher_gets_no_gradie
     row = Row("both", (Term("RKDDistance", 25.), Term("KD", 2., "logits", "logits", {"T": 3.})), task=.5)
     got = value(row, s, t)
     e, f = s["fc:input"], t["fc:input"]
-    torch.testing.assert_close(got, .5 * F.cross_entropy(s["logits"], Y) + 25 * RKDDistance()(e, f) + 2 * KD(T=3.)(s["logits"], t["logits"]))
+    torch.testing.assert_close(got, .5 * F.cross_entropy(s["logits"], Y) + 25 * RKDDistance()(e, f) + 2
+                               * KD(T=3.)(s["logits"], t["logits"]))
     got.backward()
     assert all(v.grad is None for v in t.values()) and all(v.grad.abs().sum() > 0 for v in s.values())
 
@@ -48,7 +50,8 @@ def test_the_same_on_episodes():
     task, y = FewShot(shot=2, way=3, query=2), episode_labels(3, 2)
     row = Row("both", (Term("RKDDistance", 50.), Term("KD", 2., "logits", "logits", {"T": 4.})))
     zs, zt = s["logits"].view(3, 4, 5), t["logits"].view(3, 4, 5)
-    want = prototypical_loss(zs, 2) + 50 * RKDDistance()(s["logits"], t["logits"]) + 2 * KD(T=4.)(episode_logits(zs, 2), episode_logits(zt, 2))
+    want = prototypical_loss(zs, 2) + 50 * RKDDistance()(s["logits"], t["logits"]) + 2 * KD(T=4.)(
+        episode_logits(zs, 2), episode_logits(zt, 2))
     torch.testing.assert_close(value(row, s, t, y, task), want)
     torch.testing.assert_close(value(Row("plain"), s, {}, y, task), prototypical_loss(zs, 2))
 
@@ -56,7 +59,8 @@ def test_the_same_on_episodes():
 def test_a_task_of_weight_0_is_not_computed():
     """An embedding of 4 numbers with 6 classes: the cross-entropy is not even defined."""
     s, t = layers(0, logits=4), layers(1, logits=9)
-    torch.testing.assert_close(value(Row("alone", (Term("RKDAngle", 2., "logits", "logits"),), task=0), s, t), 2 * RKDAngle()(s["logits"], t["logits"]))
+    torch.testing.assert_close(value(Row("alone", (Term("RKDAngle", 2., "logits", "logits"),), task=0), s, t),
+                               2 * RKDAngle()(s["logits"], t["logits"]))
     with pytest.raises(IndexError):
         value(Row("with", (Term("RKDAngle", 2., "logits", "logits"),), task=1e-9), s, t)
     one_line(lambda: Row("nothing", (), task=0), "row 'nothing' has neither terms nor the task's own loss")
@@ -86,7 +90,8 @@ def counting(monkeypatch, *kinds):
 def test_the_teachers_part_is_computed_once_for_all_students_also_beside_one_that_reads_logits(monkeypatch, task, y):
     calls = counting(monkeypatch, RKDDistance, RKDAngle)
     more = (task,) if task else ()
-    rows = [Row(f"r{k}", (Term("RKDDistance", k + 1.), Term("RKDAngle", k + 2.), Term("KD", 1., "logits", "logits"))[:2 + k % 2]) for k in range(4)]
+    rows = [Row(f"r{k}", (Term("RKDDistance", k + 1.), Term("RKDAngle", k + 2.), Term("KD", 1., "logits", "logits"))[:2 + k % 2])
+            for k in range(4)]
     s, t = layers(0, 6), layers(1, 6)
     if task:
         s, t = ({"logits": f["fc:input"], "fc:input": f["fc:input"]} for f in (s, t))
@@ -100,8 +105,10 @@ def test_the_teachers_part_is_computed_once_for_all_students_also_beside_one_tha
 def test_parts_of_different_options_or_layers_are_not_mixed():
     s, t = layers(0), layers(1)
     s["a"], t["a"] = torch.randn(8, 5, generator=gen(2)), torch.randn(8, 3, generator=gen(3))
-    rows = [Row("x", (Term("RKDDistance", 1.), Term("RKDDistance", 1., options={"distinct": True}), Term("RKDDistance", 1., "a", "a")), task=0)]
-    want = RKDDistance()(s["fc:input"], t["fc:input"]) + RKDDistance(distinct=True)(s["fc:input"], t["fc:input"]) + RKDDistance()(s["a"], t["a"])
+    rows = [Row("x", (Term("RKDDistance", 1.), Term("RKDDistance", 1., options={"distinct": True}),
+                      Term("RKDDistance", 1., "a", "a")), task=0)]
+    want = (RKDDistance()(s["fc:input"], t["fc:input"]) + RKDDistance(distinct=True)(s["fc:input"], t["fc:input"])
+            + RKDDistance()(s["a"], t["a"]))
     torch.testing.assert_close(value(rows[0], s, t), want)
 
 
@@ -114,7 +121,8 @@ def test_a_term_of_both_stages_is_one_loss_whatever_its_weights():
     o.build(f, f)
     assert len(o.losses) == 2
     y, look = torch.zeros(4, dtype=torch.long), Look(f)
-    torch.testing.assert_close(o(f, look, y), 100 * o(f, look, y, stage=0) + F.cross_entropy(f["logits"], y) + 25 * o.losses["1-RKDDistance"](f["fc:input"], f["fc:input"]))
+    torch.testing.assert_close(o(f, look, y), 100 * o(f, look, y, stage=0) + F.cross_entropy(f["logits"], y) + 25
+                               * o.losses["1-RKDDistance"](f["fc:input"], f["fc:input"]))
 
 
 def test_each_stage_has_its_own_terms():
@@ -132,7 +140,8 @@ def test_each_stage_has_its_own_terms():
     terms = [Term(Sum, 10., options={"k": k}) for k in (1, 2, 3, 4)]
     row, s, t = Row("r", (terms[0],), 0, (Stage((terms[1], terms[2]), 2), Stage((terms[3],), 1))), layers(0), layers(1)
     assert [value(row, s, t, stage=k).item() for k in (None, 0, 1)] == [10, -50, -40]
-    assert str(row) == "2 epochs of 10 Sum(k=2) on fc:input + 10 Sum(k=3) on fc:input, then 1 epochs of 10 Sum(k=4) on fc:input, then 10 Sum(k=1) on fc:input"
+    assert (str(row) == "2 epochs of 10 Sum(k=2) on fc:input + 10 Sum(k=3) on fc:input, then 1 epochs of 10 Sum(k=4) "
+                        "on fc:input, then 10 Sum(k=1) on fc:input")
 
 
 # --- losses of one's own, and what is refused
@@ -184,7 +193,8 @@ def test_starting_weights_make_every_term_pull_alike():
     teacher.layer1.eval()
     modes = [m.training for m in teacher.modules()]
     batches = [b for _, b in zip(range(2), Batches(data, 32, 0).epoch(0))]
-    terms = [RKD_D, RKD_A, Term("AT", 1., "layer1", "layer1"), Term("FitNet", 1., "layer2", "layer2"), Term("AT", 1., ("avgpool",), ("avgpool",))]
+    terms = [RKD_D, RKD_A, Term("AT", 1., "layer1", "layer1"), Term("FitNet", 1., "layer2", "layer2"),
+             Term("AT", 1., ("avgpool",), ("avgpool",))]
     before = {k: v.clone() for k, v in student.state_dict().items()}
     found = starting_weights(terms, student, teacher, batches)
     assert all(torch.equal(v, student.state_dict()[k]) for k, v in before.items()) and modes == [m.training for m in teacher.modules()]
@@ -192,13 +202,15 @@ def test_starting_weights_make_every_term_pull_alike():
     half = starting_weights(terms, student, teacher, batches, share=.5)
     assert all(.5 * a.weight == pytest.approx(b.weight) for a, b in zip(found[:-1], half))
     again = starting_weights(found[:-1], student, teacher, batches)
-    assert [t.weight for t in again] == pytest.approx([t.weight for t in found[:-1]]) and [t.loss for t in again] == [t.loss for t in terms[:-1]]
+    assert ([t.weight for t in again] == pytest.approx([t.weight for t in found[:-1]])
+            and [t.loss for t in again] == [t.loss for t in terms[:-1]])
 
 
 # --- the rows of the tables
 
 def test_every_row_of_digits_can_take_a_step_in_every_stage():
-    small, large, x, y = create("resnet8", 10, 1), create("resnet14", 10, 1, seed=1).eval(), torch.randn(10, 1, 8, 8, generator=gen()), torch.arange(10)
+    small, large, x, y = (create("resnet8", 10, 1), create("resnet14", 10, 1, seed=1).eval(),
+                          torch.randn(10, 1, 8, 8, generator=gen()), torch.arange(10))
     for row in recipe("digits/losses").rows:
         o = Objective(row)
         s = Features(small, o.student_layers)(x)

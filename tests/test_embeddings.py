@@ -1,4 +1,5 @@
-"""A teacher that is an array: what is refused, what the loop gives; and the gradient cache, equal to the whole batch whatever the network draws or remembers."""
+"""A teacher that is an array: what is refused, what the loop gives;
+and the gradient cache, equal to the whole batch whatever the network draws or remembers."""
 import warnings
 
 import numpy as np
@@ -59,7 +60,8 @@ def test_what_cannot_teach_is_refused_with_the_number_of_the_row(source, message
 
 
 def test_rows_and_data_must_be_as_many(tmp_path):
-    assert_says(lambda: Embeddings(randn(9, 3), 10), "the teacher has 9 rows and the data 10 samples: row i must be the embedding of sample i")
+    assert_says(lambda: Embeddings(randn(9, 3), 10),
+                "the teacher has 9 rows and the data 10 samples: row i must be the embedding of sample i")
     np.savez(tmp_path / "two.npz", a=np.zeros(3))
     (tmp_path / "text.npy").write_text("no numbers")
     for name in ("two.npz", "text.npy"):
@@ -126,7 +128,8 @@ def test_the_gradient_of_the_whole_batch(more, sizes):
     assert_equal_to_whole(network(*more), RKD(1, 2, vertices=5), x, t)         # the loss draws, too
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if name in ("SP", "AT", "PKT", "NST", "CC", "FitNet", "VID", "RKDDistance", "RKDAngle")])
+@pytest.mark.parametrize("name", [name for name in CASES if name
+                                  in ("SP", "AT", "PKT", "NST", "CC", "FitNet", "VID", "RKDDistance", "RKDAngle")])
 def test_any_loss_and_its_own_parameters(name):
     loss, (s,), t, _ = case(name, 12, dtype=torch.float64)
     loss = loss.double()
@@ -178,7 +181,8 @@ def test_inside_autocast_every_weight_gets_its_gradient():
 
     (value, mine), (expected, theirs) = under(cached_backward), under(whole)
     assert torch.equal(value, expected)
-    for a, b in zip(mine[:-1], theirs[:-1]):                 # the last bias shifts all points, which RKD does not see: its gradient is rounding
+    for a, b in zip(mine[:-1], theirs[:-1]):                 # the last bias shifts all points, which RKD does not see:
+                                                             # its gradient is rounding
         assert (a - b).norm() <= .02 * b.norm() and b.norm() > 0
 
 
@@ -197,4 +201,5 @@ def test_one_graph_at_a_time():
 def test_bad_calls():
     net, x = network(), randn(10, 7, dtype=torch.float64).split(5)
     assert_says(lambda: cached_backward(net, RKD(), [], randn(10, 4)), "cached_backward needs at least one micro-batch; got none")
-    assert_says(lambda: cached_backward(net, RKD(), x, randn(9, 4)), "needs student and teacher embeddings of the same samples; got N = 10 and N = 9")
+    assert_says(lambda: cached_backward(net, RKD(), x, randn(9, 4)),
+                "needs student and teacher embeddings of the same samples; got N = 10 and N = 9")

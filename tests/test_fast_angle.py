@@ -1,4 +1,5 @@
-"""The angle loss from sides: equal to the naive form, exact where it is hard, small in memory, shared between processes, and its Triton kernel."""
+"""The angle loss from sides: equal to the naive form, exact where it is hard, small in memory,
+shared between processes, and its Triton kernel."""
 import os
 import subprocess
 import sys
@@ -86,7 +87,8 @@ def hard(name, n=96, d=48):
     return s, t
 
 
-@pytest.mark.parametrize("name", ["random", "relu, far", "classes", "near 1e-2", "near 1e-3", "near 1e-4", "near 1e-6", "duplicates", "outlier"])
+@pytest.mark.parametrize("name", ["random", "relu, far", "classes", "near 1e-2", "near 1e-3", "near 1e-4", "near 1e-6",
+                                  "duplicates", "outlier"])
 def test_never_worse_than_four_times_the_naive_float32_code(name):
     s, t = (x.float() for x in hard(name))
     exact_value, exact_gradient = both(naive, s.double(), t.double())
@@ -120,7 +122,8 @@ def test_sides_stand_for_the_teacher():
     for loss in (RKDDistance(), RKDAngle(), RKD(), RKD(distinct=True)):
         assert_close(both(loss, s, sides(t)), both(loss, s, t), 2e-6)
     assert sides(t.view(10, 7, 1, 1)).q.equal(sides(t).q) and not sides(t.requires_grad_()).q.requires_grad
-    with pytest.raises(ValueError, match="RKDAngle needs student and teacher embeddings of the same samples; got N = 9 and the sides of N = 10"):
+    with pytest.raises(ValueError, match="RKDAngle needs student and teacher embeddings of the same samples; "
+                                         "got N = 9 and the sides of N = 10"):
         RKDAngle()(s[:9], sides(t))
     with pytest.raises(ValueError, match=r"teacher must have shape \(N, D\)"):
         sides(torch.zeros(3))
@@ -145,7 +148,9 @@ def test_a_second_derivative_is_refused():
 
 
 def test_custom_operator_is_registered_as_torch_wants_it():
-    torch.library.opcheck(torch.ops.relkd.angle_loss.default, (draw(6, 3, 0).requires_grad_(), draw(6, 3, 1), False, False, 0, 1, False), test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
+    torch.library.opcheck(torch.ops.relkd.angle_loss.default,
+                          (draw(6, 3, 0).requires_grad_(), draw(6, 3, 1), False, False, 0, 1, False),
+                          test_utils=("test_schema", "test_faketensor", "test_autograd_registration"))
 
 
 def test_memory_is_of_order_n_squared():
@@ -178,15 +183,21 @@ g = torch.Generator().manual_seed(0)
 for n, anchors in ((19, torch.arange(19)), (33, torch.arange(1, 33, 4))):
     both = _measure(torch.randn(n, 5, generator=g), torch.randn(n, 4, generator=g))[1]
     q, z = both
-    for exact in (torch.zeros(len(anchors), dtype=torch.bool), torch.arange(len(anchors)) % 3 == 0, torch.ones(len(anchors), dtype=torch.bool)):
+    for exact in (torch.zeros(len(anchors), dtype=torch.bool), torch.arange(len(anchors)) % 3 == 0,
+                  torch.ones(len(anchors), dtype=torch.bool)):
         for a, b in zip(cube(q, z, anchors, exact), _cube(both, anchors, torch.float64, False)):
             assert (a - b).abs().max() <= (1e-12 if exact.all() else 1e-6) * b.abs().max(), (n, (a - b).abs().max())
 from relkd.losses import angle
-def result(s, t, anchors): x = s.clone().requires_grad_(); l = angle.angle_loss(x, t, False, anchors); l.backward(); return l.detach(), x.grad
+def result(s, t, anchors):
+    x = s.clone().requires_grad_()
+    l = angle.angle_loss(x, t, False, anchors)
+    l.backward()
+    return l.detach(), x.grad
 s, t = torch.randn(21, 5, generator=g), torch.randn(21, 4, generator=g); near = s.clone(); near[1] = near[0] + 1e-3; near[3] = near[2]
 cases = [(e, k) for e in (s, near, s.double(), near.double()) for k in ((0, 1), (1, 2))]
 plain = [result(e, t.to(e.dtype), k) for e, k in cases]
-angle._on_gpu, angle._rough = cube, lambda near: (angle.amplification(near.float()) > angle.LIMIT).any(0)      # what a batch on a GPU goes through
+# what a batch on a GPU goes through
+angle._on_gpu, angle._rough = cube, lambda near: (angle.amplification(near.float()) > angle.LIMIT).any(0)
 for (e, k), (l, d) in zip(cases, plain):
     value, gradient = result(e, t.to(e.dtype), k); tolerance = 1e-12 if e.dtype == torch.float64 else 2e-6
     assert abs(value - l) <= tolerance * l and (gradient - d).abs().max() <= tolerance * d.abs().max(), (e.dtype, k, value - l)
@@ -229,7 +240,8 @@ def test_benchmarks_write_records_that_tables_read(tmp_path):
         load_benchmarks(tmp_path)
     record = angle_benchmark(tmp_path, [16, 48], D=8, seconds=.01, compiled=False, naive_to=16)
     assert load_benchmarks(tmp_path) == [record]
-    assert list(benchmark_table(record).index) == [16, 48] and benchmark_table(record, "MiB").loc[16, "ours"] > 0 and benchmark_ratios(record).loc[("RKD-A", "16"), "naive"] > 0
+    assert (list(benchmark_table(record).index) == [16, 48] and benchmark_table(record, "MiB").loc[16, "ours"] > 0
+            and benchmark_ratios(record).loc[("RKD-A", "16"), "naive"] > 0)
 
 
 # ---- some vertices stand for all

@@ -78,7 +78,8 @@ class Masked(nn.Linear):
         return super().forward(input)
 
 
-@pytest.mark.parametrize("call", [lambda fc, h: fc(h), lambda fc, h: fc(input=h), lambda fc, h: fc(h, mask=h * 0), lambda fc, h: fc(mask=h * 0, input=h)])
+@pytest.mark.parametrize("call", [lambda fc, h: fc(h), lambda fc, h: fc(input=h), lambda fc, h: fc(h, mask=h * 0),
+                                  lambda fc, h: fc(mask=h * 0, input=h)])
 def test_inputs_by_place_and_by_name(call):
     net = Body(call=call)
     net.fc = Masked(4, 2)
@@ -170,7 +171,8 @@ def test_a_teacher_under_inference_mode_is_as_good_as_under_no_grad():
     with torch.inference_mode():
         read = Features(net, ["a", "relu:input", "relu", "logits"])(x())
     true = net.a(x()).detach()
-    assert read["a"].equal(true) and read["relu:input"].equal(true) and read["relu"].equal(true.clamp(min=0)) and read["logits"].equal(net(x()).detach())
+    assert (read["a"].equal(true) and read["relu:input"].equal(true) and read["relu"].equal(true.clamp(min=0))
+            and read["logits"].equal(net(x()).detach()))
     assert not any(t.is_inference() or t.requires_grad for t in read.values())
     student = torch.zeros(5, 4, requires_grad=True)
     (student * read["a"]).sum().backward()
@@ -251,7 +253,8 @@ def test_flags_and_hooks_stay_as_they_were():
     own = net.layer1.register_forward_hook(lambda *args: seen.append(1))
 
     def flags():
-        return [m.training for m in net.modules()], [p.requires_grad for p in net.parameters()], [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()]
+        return ([m.training for m in net.modules()], [p.requires_grad for p in net.parameters()],
+                [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in net.modules()])
 
     before = flags()
     features = Features(net, ["layer1", "layer2:input", "logits"])
@@ -283,7 +286,8 @@ def test_compiled_values_and_gradients():
         return Features(net, layers)
 
     want = gradient(lambda net: Features(net, layers))
-    for make in (itself, lambda net: Features(torch.compile(net, backend="eager"), layers), lambda net: torch.compile(Features(net, layers), backend="eager")):
+    for make in (itself, lambda net: Features(torch.compile(net, backend="eager"), layers),
+                 lambda net: torch.compile(Features(net, layers), backend="eager")):
         torch._dynamo.reset()
         assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradient(make), want, strict=True))
 

@@ -1,4 +1,5 @@
-"""What people's loops, wrappers and devices do to a loss: the rules of relkd.losses.rules asked of every loss with every option, and those of the networks' side."""
+"""What people's loops, wrappers and devices do to a loss:
+the rules of relkd.losses.rules asked of every loss with every option, and those of the networks' side."""
 import copy
 import os
 import subprocess
@@ -58,7 +59,8 @@ class Broken(DistillationLoss):
 
 def test_a_loss_that_breaks_the_rules_is_told_which():
     said = check(Asked(Broken, [randn(8, 6)], [randn(8, 5)]))
-    assert {"after inference_mode", "made in inference_mode", "overflow", "looked at", "checkpoint", "no float64", "on its device", "at rest", "modes"} <= {rule for rule, what in said.items() if what}
+    assert {"after inference_mode", "made in inference_mode", "overflow", "looked at", "checkpoint", "no float64",
+            "on its device", "at rest", "modes"} <= {rule for rule, what in said.items() if what}
     assert set(said) == set(RULES)
 
 
@@ -69,7 +71,8 @@ def test_what_two_processes_remember_is_that_of_one(tmp_path):
     from field_worker import Criterion, state
 
     worker, env = Path(__file__).with_name("field_worker.py"), {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    running = [subprocess.Popen([sys.executable, worker, str(r), tmp_path / "meeting", tmp_path / f"{r}.pt"], env=env, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    running = [subprocess.Popen([sys.executable, worker, str(r), tmp_path / "meeting",
+                                 tmp_path / f"{r}.pt"], env=env, stderr=subprocess.PIPE, text=True) for r in range(2)]
     assert not any(p.wait(120) for p in running), running[0].stderr.read() + running[1].stderr.read()
     of = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
     whole = Criterion()
@@ -112,7 +115,8 @@ def test_looking_is_over_when_it_is_over():
 def test_a_memory_in_a_replica_is_refused():
     crd = losses.CRD(6, 5, samples=20, feat_dim=4, negatives=9)
     replica = crd._replicate_for_data_parallel()
-    assert_says(lambda: replica(randn(4, 6), randn(4, 5), index=torch.arange(4)), "a replica of DataParallel would forget what CRD remembers in it: call CRD outside")
+    assert_says(lambda: replica(randn(4, 6), randn(4, 5), index=torch.arange(4)),
+                "a replica of DataParallel would forget what CRD remembers in it: call CRD outside")
 
 
 # ---- stages: one optimiser for both, both at once
@@ -158,7 +162,8 @@ LOOKS = {
     "evaluate": lambda net, data: evaluate(net, data),
     "embed": lambda net, data: embed(net, data, data.test_images),
     "starting_weights": lambda net, data: starting_weights([Term("RKDDistance")], net, net, batches(data)),
-    "a learner is built": lambda net, data: Learner(net, PAPER_ROWS[1], Schedule(1)).build(randn(2, 1, 8, 8), Look({"fc:input": randn(2, 36)})),
+    "a learner is built": lambda net, data: Learner(net, PAPER_ROWS[1], Schedule(1)).build(
+        randn(2, 1, 8, 8), Look({"fc:input": randn(2, 36)})),
 }
 
 
@@ -265,7 +270,8 @@ def test_heads_of_an_inference_teacher():
             e = randn(8, 6) * 1
             head(e)
         student = randn(8, 6, seed=1).requires_grad_()
-        value = F.mse_loss(head(student), head(e).detach()) + prototypical_loss(student.view(2, 4, 6), 1) + F.mse_loss(head(e), head(student).detach())
+        value = F.mse_loss(head(student), head(e).detach()) + prototypical_loss(student.view(2, 4, 6), 1) + F.mse_loss(
+            head(e), head(student).detach())
         value.backward()
         return [value.detach(), student.grad, *(p.grad for p in head.parameters())]
 
@@ -276,7 +282,8 @@ def test_heads_of_an_inference_teacher():
 
 def test_the_lab_on_a_device_without_float64():
     data, y = few_digits(), torch.arange(12) % 3
-    wide = accuracy(randn(12, 3), y, (1, 2)), starting_weights([Term("RKD"), Term("KD", 1., "logits", "logits")], Tiny(10), Tiny(10), batches(data))
+    wide = accuracy(randn(12, 3), y, (1, 2)), starting_weights([Term("RKD"), Term("KD", 1., "logits", "logits")],
+                                                               Tiny(10), Tiny(10), batches(data))
     with Watched(refuse_float64):
         narrow = accuracy(randn(12, 3), y, (1, 2)), starting_weights([Term("RKD")], Tiny(10), Tiny(10), batches(data))
         evaluate(Tiny(10), data)
@@ -302,7 +309,8 @@ def test_auto_is_cuda_or_the_cpu_and_apples_gpu_is_refused_in_one_line(monkeypat
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert chosen_device("auto") == "cpu"
-    assert_says(lambda: chosen_device("mps"), "device is 'auto', 'cpu' or 'cuda'; got 'mps', whose random numbers a step cannot set here; the losses run there in a loop of your own")
+    assert_says(lambda: chosen_device("mps"), "device is 'auto', 'cpu' or 'cuda'; got 'mps', whose random numbers a "
+                                              "step cannot set here; the losses run there in a loop of your own")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert chosen_device("auto") == "cuda"
 
@@ -318,8 +326,11 @@ def test_pooling_by_windows_is_the_adaptive_one(largest):
 
 # ---- input that can teach nothing, or is masked
 
-OPTIONS = [(losses.KD, "T"), (losses.AT, "p"), (losses.FTShortcut, "p"), (losses.CC, "gamma"), (losses.PKT, "eps"), (losses.NST, "c"), (losses.NST, "sigma2"), (losses.RKD, "w_distance"), (losses.RKD, "w_angle"),
-           *((lambda cls=cls, **o: cls(4, 6, **o), option) for cls, options in ((losses.VID, "init_variance eps"), (losses.AB, "margin scale"), (losses.OFD, "scale"), (losses.FT, "rate p")) for option in options.split()),
+OPTIONS = [(losses.KD, "T"), (losses.AT, "p"), (losses.FTShortcut, "p"), (losses.CC, "gamma"), (losses.PKT, "eps"),
+           (losses.NST, "c"), (losses.NST, "sigma2"), (losses.RKD, "w_distance"), (losses.RKD, "w_angle"),
+           *((lambda cls=cls, **o: cls(4, 6, **o), option)
+             for cls, options in ((losses.VID, "init_variance eps"), (losses.AB, "margin scale"), (losses.OFD, "scale"),
+                                  (losses.FT, "rate p")) for option in options.split()),
            *((lambda **o: losses.CRD(4, 6, samples=20, **o), option) for option in ("T", "momentum", "eps"))]
 
 
@@ -333,13 +344,17 @@ def test_an_option_that_is_no_finite_number_is_refused(make, option, value):
 def test_maps_of_one_position_are_refused_where_positions_are_compared(name):
     loss, s, t, _ = case(name)
     for small in ([x[..., :1, :1] for x in s], s):
-        assert_says(lambda: loss(small[0], t[0][..., :1, :1]), "compares positions and needs maps with at least 2 of them; got 1 x 1, which teaches nothing: take a layer before the pooling")
+        assert_says(lambda: loss(small[0], t[0][..., :1, :1]),
+                    "compares positions and needs maps with at least 2 of them; got 1 x 1, which teaches nothing: "
+                    "take a layer before the pooling")
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: losses.KD()(randn(4, 1), randn(4, 1)), r"KD of one logit a sample is 0 whatever it says; got \(4, 1\): for a binary network put a 0 beside it"),
+    (lambda: losses.KD()(randn(4, 1), randn(4, 1)), r"KD of one logit a sample is 0 whatever it says; got \(4, 1\): "
+                                                    r"for a binary network put a 0 beside it"),
     (lambda: losses.RKDDistance()(randn(2, 4), randn(2, 4)), "RKDDistance needs at least 3 samples in a batch; got N = 2"),
-    (lambda: losses.RKDAngle()(randn(4, 1), randn(4, 4)), "RKDAngle compares directions and needs student embeddings of at least 2 numbers; got D = 1"),
+    (lambda: losses.RKDAngle()(randn(4, 1), randn(4, 4)),
+     "RKDAngle compares directions and needs student embeddings of at least 2 numbers; got D = 1"),
     (lambda: losses.RKD(0, 0), "RKD needs two finite weights, not both 0"),
     (lambda: losses.CRD(4, 4, samples=9, feat_dim=1), "feat_dim and samples of at least 2"),
     (lambda: losses.FT(4, 2)(randn(4, 4, 1, 1), randn(4, 2, 1, 1)), "a factor of one number has none"),
@@ -356,7 +371,8 @@ def kd_by_hand(s, t, T=4.):
 
 @pytest.mark.parametrize("of_student, of_teacher", [([0, 2], [0, 2]), ([], [0]), ([0], []), ([], [])])
 def test_kd_of_masked_classes(of_student, of_teacher):
-    s, t = (randn(4, 6, seed=k, dtype=torch.float64).index_fill(1, torch.tensor(c, dtype=torch.long), -torch.inf) for k, c in ((0, of_student), (1, of_teacher)))
+    s, t = (randn(4, 6, seed=k, dtype=torch.float64).index_fill(1, torch.tensor(c, dtype=torch.long), -torch.inf)
+            for k, c in ((0, of_student), (1, of_teacher)))
     e = s.clone().requires_grad_()
     value = losses.KD()(e, t)
     torch.testing.assert_close(value, kd_by_hand(s, t))
@@ -387,4 +403,6 @@ def test_a_loss_of_ones_own_made_under_inference_mode_trains():
     loss(randn(8, 4).requires_grad_(), t).backward()
     assert all(p.grad is not None for p in loss.parameters())
     assert all(p.is_meta for p in as_loss(Sized, None, s.to("meta"), t.to("meta")).parameters())
-    assert all(p.is_meta for name in DEFAULTS for p in as_loss(name, {}, *([x.to("meta") for x in layers] if len(layers) > 1 else layers[0].to("meta") for layers in case(name)[1:3]), labels=torch.arange(50)).parameters())
+    assert all(p.is_meta for name in DEFAULTS
+               for p in as_loss(name, {}, *([x.to("meta") for x in layers] if len(layers) > 1 else layers[0].to("meta")
+                                            for layers in case(name)[1:3]), labels=torch.arange(50)).parameters())

@@ -34,7 +34,8 @@ def test_fitnet_is_torchdistills_mse_behind_a_convolution(dtype, tolerance):
 
     s, t = torch.randn(4, 3, 5, 2, generator=gen(0), dtype=dtype), torch.randn(4, 6, 5, 2, generator=gen(1), dtype=dtype)
     loss = fitnet(3, 6, dtype=dtype)
-    theirs = SimpleLossWrapper(nn.MSELoss(), input={"is_from_teacher": False, "module_path": "conv", "io": "output"}, target={"is_from_teacher": True, "module_path": "hint", "io": "output"})
+    theirs = SimpleLossWrapper(nn.MSELoss(), input={"is_from_teacher": False, "module_path": "conv", "io": "output"},
+                               target={"is_from_teacher": True, "module_path": "hint", "io": "output"})
     mine = lambda s, w, b: torch.func.functional_call(loss, {"regressors.0.weight": w, "regressors.0.bias": b}, (s, t))
     other = lambda s, w, b: theirs({"conv": {"output": F.conv2d(s, w[..., None, None], b)}}, {"hint": {"output": t}}, None)
     assert_same(*(value_and_gradients(f, s, loss.regressors[0].weight, loss.regressors[0].bias) for f in (mine, other)), tolerance)
@@ -134,7 +135,8 @@ f4, e2 = torch.rand(4, 3, 2, 2), torch.rand(4, 3)
 
 
 ERRORS = [
-    (lambda: FitNet(3, 5)(f4, f4), "FitNet was made for 3 student and 5 teacher channels; got 3 and 3: FitNet.from_features reads them from an example"),
+    (lambda: FitNet(3, 5)(f4, f4), "FitNet was made for 3 student and 5 teacher channels; got 3 and 3: "
+                                   "FitNet.from_features reads them from an example"),
     (lambda: FitNet(3, 3)([f4, f4], [f4, f4]), r"FitNet was made for 1 layer\(s\); got 2"),
     (lambda: FitNet([3, 3], 3), r"FitNet needs as many in_channels as out_channels, each at least 1; got \[3, 3\] and 3"),
     (lambda: FitNet(0, 3), "each at least 1; got 0 and 3"),

@@ -22,11 +22,13 @@ def test_torchdistills_fsp_adds_up_lengths_of_columns(dtype, tolerance):
     FSPLoss = pytest.importorskip("torchdistill.losses.mid_level").FSPLoss
 
     s, t = chain(dtype=dtype), chain(seed=9, dtype=dtype)
-    pairs = {f"{i}": {f"{who}_{k}": {"io": "output", "path": f"{i + j}"} for who in ("student", "teacher") for j, k in enumerate(("first", "second"))} for i in (0, 1)}
+    pairs = {f"{i}": {f"{who}_{k}": {"io": "output", "path": f"{i + j}"} for who in ("student", "teacher")
+                      for j, k in enumerate(("first", "second"))} for i in (0, 1)}
     io = lambda maps: {f"{i}": {"output": f} for i, f in enumerate(maps)}
     theirs = lambda *s: FSPLoss(pairs)(io(s), io(t))
     gaps = lambda s: [flow_matrix(s[i], s[i + 1]) - flow_matrix(t[i], t[i + 1]) for i in (0, 1)]
-    assert_same(value_and_gradients(lambda *s: sum(g.norm(dim=1).sum() for g in gaps(s)) / 3, *s), value_and_gradients(theirs, *s), tolerance)
+    assert_same(value_and_gradients(lambda *s: sum(g.norm(dim=1).sum() for g in gaps(s)) / 3, *s),
+                value_and_gradients(theirs, *s), tolerance)
     torch.testing.assert_close(FSP()(s, t), sum(g.norm(dim=1).pow(2).sum() for g in gaps(s)) / 3)
     assert not torch.isclose(FSP()(s, t), theirs(*s), rtol=.01)
 
@@ -40,7 +42,8 @@ def test_fsp_mean_is_the_circulating_block_of_products(dtype, tolerance):
 
     s, t = chain(dtype=dtype), chain(seed=9, dtype=dtype)
     circulating = lambda *s: sum((flow(s[i], s[i + 1]) - flow(t[i], t[i + 1])).pow(2).mean() for i in (0, 1))
-    assert_same(value_and_gradients(lambda *s: FSP(pool="avg", reduction="mean")(s, t), *s), value_and_gradients(circulating, *s), tolerance)
+    assert_same(value_and_gradients(lambda *s: FSP(pool="avg", reduction="mean")(s, t), *s),
+                value_and_gradients(circulating, *s), tolerance)
 
 
 def test_fsp_worked_on_paper():
@@ -138,7 +141,9 @@ ERRORS = [
     (lambda: FSP(pairs=[(0, 1)], weights=[1, 2]), "FSP needs one weight a pair; got 2 for 1 pairs"),
     (lambda: FSP(weights=[1, 2])([f4, f4], [f4, f4]), "FSP needs one weight a pair; got 2 for 1 pairs"),
     (lambda: FSP(pairs=[(0, 2)])([f4, f4], [f4, f4]), "at least 3; got 2 of the student and 2 of the teacher"),
-    (lambda: FSP()([f4, f4], [f4, torch.rand(4, 5, 2, 2)]), "FSP needs as many channels in the student as in the teacher, layer by layer; got 3 and 5 in layer 1: choose other layers, or a loss with a regressor"),
+    (lambda: FSP()([f4, f4], [f4, torch.rand(4, 5, 2, 2)]),
+     "FSP needs as many channels in the student as in the teacher, layer by layer; got 3 and 5 in layer 1: "
+     "choose other layers, or a loss with a regressor"),
 ]
 
 

@@ -29,7 +29,8 @@ def test_ft_is_torchdistills_with_the_same_weights(dtype, tolerance, p, reductio
     Paraphraser4FactorTransfer, Translator4FactorTransfer = module.Paraphraser4FactorTransfer, module.Translator4FactorTransfer
 
     loss = ft(3, 8, p=p, reduction=reduction, batchnorm=batchnorm, dtype=dtype)
-    paraphraser, translator = Paraphraser4FactorTransfer(.5, 8, uses_bn=batchnorm).to(dtype), Translator4FactorTransfer(3, 4, uses_bn=batchnorm).to(dtype)
+    paraphraser, translator = (Paraphraser4FactorTransfer(.5, 8, uses_bn=batchnorm).to(dtype),
+                               Translator4FactorTransfer(3, 4, uses_bn=batchnorm).to(dtype))
     paraphraser.load_state_dict(loss.paraphrasers[0].state_dict())
     translator.load_state_dict(loss.translators[0].state_dict())
     paraphraser.eval()
@@ -154,7 +155,8 @@ def test_the_engine_trains_the_paraphraser_first_and_then_leaves_it_alone():
         nonlocal parts
         loss = next(iter(learner.objective.losses.values()))
         first, parts = learner.stage == 0, (loss.paraphrasers, loss.translators, learner.model)
-        before = [{k: v.clone() for k, v in m.state_dict().items() if "running" not in k and "num" not in k or m is loss.paraphrasers} for m in parts]
+        before = [{k: v.clone() for k, v in m.state_dict().items() if "running" not in k and "num" not in k
+                   or m is loss.paraphrasers} for m in parts]
         step(*args)
         seen.append((first, [all(v.equal(m.state_dict()[k]) for k, v in b.items()) for m, b in zip(parts, before)]))
 
@@ -170,7 +172,8 @@ def test_a_paraphraser_and_then_a_student_learn():
     loss, student = ft(3, 8, rate=.25), nn.Conv2d(2, 3, 1)
     with torch.no_grad():
         student.weight.copy_(torch.randn(student.weight.shape, generator=g))
-    for value, parameters in ((lambda: loss.prepare(student(x), t), [*loss.paraphrasers.parameters()]), (lambda: loss(student(x), t), [*loss.translators.parameters(), *student.parameters()])):
+    for value, parameters in ((lambda: loss.prepare(student(x), t), [*loss.paraphrasers.parameters()]),
+                              (lambda: loss(student(x), t), [*loss.translators.parameters(), *student.parameters()])):
         opt, first = torch.optim.Adam(parameters, lr=.01), value().item()
         for _ in range(120):
             opt.zero_grad()
@@ -203,7 +206,8 @@ def test_ft_mixes_precisions_upwards(batchnorm):
 def test_from_features_lists_and_the_state_dict_round_trip():
     s, t = [randn(2, 3, 8, 8), randn(2, 5, 4, 4)], [randn(2, 6, 4, 4), randn(2, 8, 4, 4)]
     loss = FT.from_features(s, t, rate=.5)
-    assert [[r[0].in_channels, p.encoder[0].in_channels, r[-2].out_channels, p.encoder[-2].out_channels] for r, p in zip(loss.translators, loss.paraphrasers)] == [[3, 6, 3, 3], [5, 8, 4, 4]]
+    assert [[r[0].in_channels, p.encoder[0].in_channels, r[-2].out_channels, p.encoder[-2].out_channels]
+            for r, p in zip(loss.translators, loss.paraphrasers)] == [[3, 6, 3, 3], [5, 8, 4, 4]]
     other = FT([3, 5], [6, 8])
     assert other(s, t) != loss(s, t)
     other.load_state_dict(loss.state_dict())
@@ -215,7 +219,8 @@ def test_from_features_lists_and_the_state_dict_round_trip():
     torch.testing.assert_close(loss(s, t), one[0](s[0], t[0]) + one[1](s[1], t[1]))
     torch.testing.assert_close(loss.prepare(s, t), one[0].prepare(s[0], t[0]) + one[1].prepare(s[1], t[1]))
     assert FT(64, 64, rate=.7).translators[0][-2].out_channels == 45 and not FSP().state_dict()
-    assert repr(FSP(pool="avg")) == "FSP(pairs=None, weights=None, pool='avg', reduction='norm')" and repr(FTShortcut(p=2)) == "FTShortcut(p=2)"
+    assert (repr(FSP(pool="avg")) == "FSP(pairs=None, weights=None, pool='avg', reduction='norm')"
+            and repr(FTShortcut(p=2)) == "FTShortcut(p=2)")
     assert "rate=0.5, p=1, reduction='mean', reconstruction='l2', batchnorm=False, compare='factor'" in repr(loss)
 
 
@@ -227,7 +232,8 @@ def test_maps_of_different_size_are_pooled_in_both_stages():
 
 def test_networks_of_the_authors_sizes():
     p, r = Paraphraser(64, 32), Translator(16, 32)
-    assert [tuple(m.weight.shape) for m in p.modules() if hasattr(m, "weight")] == [(64, 64, 3, 3), (32, 64, 3, 3), (32, 32, 3, 3), (32, 32, 3, 3), (32, 64, 3, 3), (64, 64, 3, 3)]
+    assert ([tuple(m.weight.shape) for m in p.modules() if hasattr(m, "weight")]
+            == [(64, 64, 3, 3), (32, 64, 3, 3), (32, 32, 3, 3), (32, 32, 3, 3), (32, 64, 3, 3), (64, 64, 3, 3)])
     assert [tuple(m.weight.shape) for m in r if hasattr(m, "weight")] == [(16, 16, 3, 3), (32, 16, 3, 3), (32, 32, 3, 3)]
     assert {m.negative_slope for net in (p, r) for m in net.modules() if isinstance(m, nn.LeakyReLU)} == {.1}
     x = torch.rand(2, 64, 5, 7)
@@ -248,10 +254,12 @@ ERRORS = [
     (lambda: FT(3, 5, reconstruction="mse"), "FT needs reconstruction to be one of 'l1', 'l2'; got 'mse'"),
     (lambda: FT(3, 5, batchnorm="student"), "FT needs batchnorm to be one of False, True, 'translator'; got 'student'"),
     (lambda: FT(3, 5, compare="map"), "FT needs compare to be one of 'factor', 'attention'; got 'map'"),
-    (lambda: FT(3, 5)(f4, f4), "FT was made for 3 student and 5 teacher channels; got 3 and 3: FT.from_features reads them from an example"),
+    (lambda: FT(3, 5)(f4, f4), "FT was made for 3 student and 5 teacher channels; got 3 and 3: "
+                               "FT.from_features reads them from an example"),
     (lambda: FT(3, 5).prepare(f4, f4), "FT was made for 3 student and 5 teacher channels"),
     (lambda: FT(3, 3)([f4, f4], [f4, f4]), r"FT was made for 1 layer\(s\); got 2"),
-    (lambda: FT(3, 3)(f4, e2), r"FT needs teacher maps of shape \(N, C, H, W\), floating point; got \(4, 3\), torch.float32: take a layer before the pooling"),
+    (lambda: FT(3, 3)(f4, e2), r"FT needs teacher maps of shape \(N, C, H, W\), floating point; "
+                               r"got \(4, 3\), torch.float32: take a layer before the pooling"),
     (lambda: FT.from_features(f4, None), "FT needs teacher maps"),
     (lambda: FTShortcut(p=0), "FTShortcut needs a power of at least 1; got p = 0"),
 ]

@@ -25,7 +25,8 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_written_to_is_said_with_the_option_that_names_it(tmp_path):
     (tmp_path / "file").write_text("")
-    one_line(lambda: check_writable(tmp_path / "file" / "figures", "--out"), "cannot write", "name a folder that can be written to with --out")
+    one_line(lambda: check_writable(tmp_path / "file" / "figures", "--out"), "cannot write",
+             "name a folder that can be written to with --out")
 
 
 def test_asking_at_the_same_time_whether_a_folder_can_be_written_to(tmp_path):
@@ -70,4 +71,5 @@ def test_streams_of_stages_steps_and_teachers_do_not_meet(seed, epoch, stage, ot
 
 @pytest.mark.parametrize("call, name", [(step_seed, "step_seed"), (stage_stream, "stage_stream")])
 def test_seeds_are_those_of_the_committed_records(call, name):
-    assert call(2, 5) == {"step_seed": 2_000_011, "stage_stream": 1_500_005}[name] and teacher_seed(7) == 1007 and stage_stream(0, 3) == 500_003
+    assert (call(2, 5) == {"step_seed": 2_000_011, "stage_stream": 1_500_005}[name] and teacher_seed(7) == 1007
+            and stage_stream(0, 3) == 500_003)

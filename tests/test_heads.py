@@ -84,11 +84,13 @@ def test_it_learns_and_sigma_grows():
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda: CosineLinear(0, 3), "CosineLinear needs at least one feature, class and proxy; got in_features = 0, out_features = 3, nb_proxy = 1"),
+    (lambda: CosineLinear(0, 3), "CosineLinear needs at least one feature, class and proxy; "
+                                 "got in_features = 0, out_features = 3, nb_proxy = 1"),
     (lambda: CosineLinear(4, 3, nb_proxy=0), "nb_proxy = 0"),
     (lambda: head(4, 3)(torch.zeros(2, 5)), r"CosineLinear needs embeddings \(N, 4\); got \(2, 5\)"),
     (lambda: head(4, 3)(torch.zeros(4)), r"CosineLinear needs embeddings \(N, 4\); got \(4,\)"),
-    (lambda: reduce_proxies(torch.zeros(2, 5), 2), r"reduce_proxies needs similarities \(N, classes \* nb_proxy\); got \(2, 5\) and nb_proxy = 2"),
+    (lambda: reduce_proxies(torch.zeros(2, 5), 2), r"reduce_proxies needs similarities \(N, classes \* nb_proxy\); "
+                                                   r"got \(2, 5\) and nb_proxy = 2"),
 ], ids=range(5))
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message) as e:

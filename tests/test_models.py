@@ -135,7 +135,8 @@ def test_conv4_without_a_classifier_is_its_embedding(size, length):
     net = create("conv4", 0, channels=1).eval()
     with torch.no_grad():
         read = Features(net, ["layer4", "fc:input", "logits"])(images(size, 1))
-    assert read["logits"].shape == (2, length) and torch.equal(read["logits"], read["layer4"].flatten(1)) and torch.equal(read["fc:input"], read["logits"])
+    assert (read["logits"].shape == (2, length) and torch.equal(read["logits"], read["layer4"].flatten(1))
+            and torch.equal(read["fc:input"], read["logits"]))
     assert create(f"conv4_{size}", 5).fc.in_features == length
 
 
@@ -201,17 +202,22 @@ def shuffle2():
     total, cin = conv(3, 24, 1), 24
     for c, n in ((116, 3), (232, 7), (464, 3)):
         h = c // 2
-        total += conv(cin, cin, 3, cin) + 2 * conv(cin, h, 1) + conv(h, h, 3, h) + conv(h, h, 1) + n * (2 * conv(h, h, 1) + conv(h, h, 3, h))
+        total += (conv(cin, cin, 3, cin) + 2 * conv(cin, h, 1) + conv(h, h, 3, h) + conv(h, h, 1) + n
+                  * (2 * conv(h, h, 1) + conv(h, h, 3, h)))
         cin = c
     return total + conv(464, 1024, 1) + 1025 * CLASSES
 
 
 BY_HAND = {
-    "resnet8x4": basic((32, 64, 128, 256), 1), "resnet32x4": basic((32, 64, 128, 256), 5), "resnet20": basic((16, 16, 32, 64), 3), "resnet56": basic((16, 16, 32, 64), 9),
-    "resnet110": basic((16, 16, 32, 64), 18), "resnet18": basic((64, 64, 128, 256, 512), 2), "resnet50": bottleneck((3, 4, 6, 3)), "resnet101": bottleneck((3, 4, 23, 3)),
+    "resnet8x4": basic((32, 64, 128, 256), 1), "resnet32x4": basic((32, 64, 128, 256), 5),
+    "resnet20": basic((16, 16, 32, 64), 3), "resnet56": basic((16, 16, 32, 64), 9),
+    "resnet110": basic((16, 16, 32, 64), 18), "resnet18": basic((64, 64, 128, 256, 512), 2),
+    "resnet50": bottleneck((3, 4, 6, 3)), "resnet101": bottleneck((3, 4, 23, 3)),
     "wrn_16_1": wide(16, 1), "wrn_16_2": wide(16, 2), "wrn_40_1": wide(40, 1), "wrn_40_2": wide(40, 2),
-    "vgg8": vgg([64], [128], [256], [512], [512]), "vgg11": vgg([64], [128], [256] * 2, [512] * 2, [512] * 2), "vgg13": vgg([64] * 2, [128] * 2, [256] * 2, [512] * 2, [512] * 2),
-    "mobilenetv2": mobile(), "shufflenetv1": shuffle1(), "shufflenetv2": shuffle2(), "conv4": conv(3, 64, 3, bias=True) + 3 * conv(64, 64, 3, bias=True) + 257 * CLASSES,
+    "vgg8": vgg([64], [128], [256], [512], [512]), "vgg11": vgg([64], [128], [256] * 2, [512] * 2, [512] * 2),
+    "vgg13": vgg([64] * 2, [128] * 2, [256] * 2, [512] * 2, [512] * 2),
+    "mobilenetv2": mobile(), "shufflenetv1": shuffle1(), "shufflenetv2": shuffle2(),
+    "conv4": conv(3, 64, 3, bias=True) + 3 * conv(64, 64, 3, bias=True) + 257 * CLASSES,
 }
 
 
@@ -221,8 +227,10 @@ def test_parameter_counts_by_hand(name):
 
 
 @pytest.mark.parametrize("name, classes, millions", [                       # sources: nbs/lab/01_models.ipynb
-    ("resnet18", 100, 11.22), ("resnet50", 100, 23.71), ("resnet101", 100, 42.7), ("wrn_40_1", 100, .57), ("wrn_16_2", 100, .70), ("wrn_40_2", 100, 2.26), ("wrn_40_2", 10, 2.2),
-    ("vgg13", 100, 9.46), ("vgg8", 100, 3.97), ("mobilenetv2", 100, .81), ("shufflenetv1", 100, .95), ("shufflenetv2", 100, 1.36), ("conv4", 0, .113088)])
+    ("resnet18", 100, 11.22), ("resnet50", 100, 23.71), ("resnet101", 100, 42.7), ("wrn_40_1", 100, .57),
+    ("wrn_16_2", 100, .70), ("wrn_40_2", 100, 2.26), ("wrn_40_2", 10, 2.2),
+    ("vgg13", 100, 9.46), ("vgg8", 100, 3.97), ("mobilenetv2", 100, .81), ("shufflenetv1", 100, .95),
+    ("shufflenetv2", 100, 1.36), ("conv4", 0, .113088)])
 def test_parameter_counts_published(name, classes, millions):
     digits = len(str(millions).partition(".")[2])
     net = network(name) if classes == CLASSES else create(name, classes)
@@ -269,7 +277,8 @@ def test_without_classes_the_output_is_the_embedding(name, classes):
 @pytest.mark.parametrize("name", ["resnet8", "resnet18", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2", "conv4_28"])
 def test_an_embedding_layer_and_a_cosine_head(name):
     x = images(size_of(name))
-    for net, kind, width in ((create(name, None, seed=2, embedding=5), nn.Linear, 5), (create(name, 7, seed=2, head="cosine"), CosineLinear, 7)):
+    for net, kind, width in ((create(name, None, seed=2, embedding=5), nn.Linear, 5),
+                             (create(name, 7, seed=2, head="cosine"), CosineLinear, 7)):
         with torch.no_grad():
             read = Features(net.eval(), ["fc:input", "logits"])(x)
         assert type(net.fc) is kind and read["fc:input"].shape == (2, net.num_features) and read["logits"].shape == (2, width)

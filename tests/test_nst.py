@@ -118,7 +118,8 @@ def test_the_polynomial_kernel_is_not_characteristic():
 
 
 def test_polynomial_nst_says_nothing_without_positions():
-    value, (g,) = value_and_gradients(lambda s: NST()(s, torch.randn(4, 9, 1, 1, generator=gen(1))), torch.randn(4, 5, 1, 1, generator=gen(0)))
+    value, (g,) = value_and_gradients(lambda s: NST()(s, torch.randn(4, 9, 1, 1, generator=gen(1))),
+                                      torch.randn(4, 5, 1, 1, generator=gen(0)))
     assert value < 1e-12 and g.abs().max() < 1e-6
 
 
@@ -126,7 +127,8 @@ def test_no_gradient_through_the_gaussian_width():
     s, t = torch.randn(1, 3, 2, 2, generator=gen(0), dtype=torch.float64), torch.randn(1, 4, 2, 2, generator=gen(1), dtype=torch.float64)
     x, y = selectivity(s), selectivity(t)
     width = (2 - 2 * x @ y.mT).mean().item()
-    assert_same(value_and_gradients(lambda s: NST("gaussian")(s, t), s), value_and_gradients(lambda s: NST("gaussian", sigma2=width)(s, t), s), 1e-12)
+    assert_same(value_and_gradients(lambda s: NST("gaussian")(s, t), s),
+                value_and_gradients(lambda s: NST("gaussian", sigma2=width)(s, t), s), 1e-12)
     assert NST("gaussian")(s[:, :1], s[:, :1]).item() == 0                 # a width of 0
 
 
@@ -166,7 +168,8 @@ ERRORS = [
     (lambda: NST(degree=2.5), "got degree = 2.5"),
     (lambda: NST(c=-1), "got degree = 2 and c = -1"),
     (lambda: NST("gaussian", sigma2=0), "NST needs sigma2 above 0, or None; got 0"),
-    (lambda: NST()(e2, f4), r"NST needs student maps of shape \(N, C, H, W\), floating point; got \(4, 3\), torch.float32: take a layer before the pooling"),
+    (lambda: NST()(e2, f4), r"NST needs student maps of shape \(N, C, H, W\), floating point; "
+                            r"got \(4, 3\), torch.float32: take a layer before the pooling"),
 ]
 
 

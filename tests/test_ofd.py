@@ -23,7 +23,8 @@ def maps(draw, channels=True):
     h, w = draw(st.integers(1, 4)), draw(st.integers(2, 5))
     g = gen(draw(st.integers(0, 10**6)))
     size, shift = 10 ** draw(st.floats(-2, 2)), draw(st.floats(-2, 2))
-    return torch.randn(n, cs, h, w, generator=g, dtype=torch.float64) * size, torch.randn(n, ct, h, w, generator=g, dtype=torch.float64) + shift
+    return (torch.randn(n, cs, h, w, generator=g, dtype=torch.float64) * size,
+            torch.randn(n, ct, h, w, generator=g, dtype=torch.float64) + shift)
 
 
 def ofd_loop(s, t, margins):
@@ -56,9 +57,11 @@ def three_regions(s, t, m):
 @pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
 @pytest.mark.parametrize("lines", [masked, three_regions])
 def test_ofd_is_both_forms_of_the_circulating_lines(dtype, tolerance, lines):
-    s, t, m = torch.randn(6, 5, 4, 3, generator=gen(0), dtype=dtype), torch.randn(6, 5, 4, 3, generator=gen(1), dtype=dtype), -torch.rand(5, generator=gen(2), dtype=dtype)
+    s, t, m = (torch.randn(6, 5, 4, 3, generator=gen(0), dtype=dtype),
+               torch.randn(6, 5, 4, 3, generator=gen(1), dtype=dtype), -torch.rand(5, generator=gen(2), dtype=dtype))
     mine = OFD(5, 5, margins=m, connector=False)
-    assert_same(value_and_gradients(lambda s: mine(s, t), s), value_and_gradients(lambda s: lines(s, t, m[:, None, None]) / 6 / 1000, s), tolerance)
+    assert_same(value_and_gradients(lambda s: mine(s, t), s),
+                value_and_gradients(lambda s: lines(s, t, m[:, None, None]) / 6 / 1000, s), tolerance)
 
 
 @pytest.mark.parametrize("dtype, tolerance", TOLERANCES)
@@ -67,7 +70,8 @@ def test_ofd_with_the_batchs_margin_and_the_mean_is_the_zoos(dtype, tolerance):
     silent = (t < 0).to(dtype)
     m = (t * silent).sum((0, 2, 3)) / silent.sum((0, 2, 3))
     mine = OFD(5, 5, scale="mean", connector=False)
-    assert_same(value_and_gradients(lambda s: mine(s, t), s), value_and_gradients(lambda s: masked(s, t, m[:, None, None]) / s.numel(), s), tolerance)
+    assert_same(value_and_gradients(lambda s: mine(s, t), s),
+                value_and_gradients(lambda s: masked(s, t, m[:, None, None]) / s.numel(), s), tolerance)
 
 
 @many
@@ -138,7 +142,8 @@ def test_margin_is_by_default_the_authors_value(channels):
 
     beta, gamma = map(list, zip(*channels))
     bn = batchnorm(beta, gamma, torch.float64)
-    copied = [-g * math.exp(-(b / g)**2 / 2) / math.sqrt(2 * math.pi) / norm.cdf(-b / g) + b if norm.cdf(-b / g) > .001 else -3 * g for b, g in zip(beta, gamma)]
+    copied = [-g * math.exp(-(b / g)**2 / 2) / math.sqrt(2 * math.pi) / norm.cdf(-b / g) + b if norm.cdf(-b / g) > .001
+              else -3 * g for b, g in zip(beta, gamma)]
     torch.testing.assert_close(margin_from_batchnorm(bn), torch.tensor(copied, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
@@ -171,7 +176,8 @@ def test_a_skipped_response_is_skipped_however_large():
 def test_margins_may_be_lists_of_numbers_as_in_a_recipe():
     s, t = torch.randn(4, 2, 3, 3, generator=gen(0)), torch.randn(4, 2, 3, 3, generator=gen(1))
     a, b = OFD(2, 2, margins=[[-1., -.5]], connector=False), OFD(2, 2, margins=torch.tensor([-1., -.5]), connector=False)
-    assert torch.equal(a(s, t), b(s, t)) and torch.equal(OFD(2, 2, margins=0, connector=False)(s, t), OFD(2, 2, margins=[torch.zeros(2)], connector=False)(s, t))
+    assert torch.equal(a(s, t), b(s, t)) and torch.equal(OFD(2, 2, margins=0, connector=False)(s, t),
+                                                         OFD(2, 2, margins=[torch.zeros(2)], connector=False)(s, t))
 
 f4, e2 = torch.rand(4, 3, 2, 2), torch.rand(4, 3)
 
@@ -179,15 +185,21 @@ f4, e2 = torch.rand(4, 3, 2, 2), torch.rand(4, 3)
 ERRORS = [
     (lambda: OFD(3, 3, scale="sum"), "OFD needs a positive scale, or 'mean'; got 'sum'"),
     (lambda: OFD(0, 3), "OFD needs as many in_channels as out_channels, each at least 1; got 0 and 3"),
-    (lambda: OFD(3, 5)(f4, f4), "OFD was made for 3 student and 5 teacher channels; got 3 and 3: OFD.from_features reads them from an example"),
-    (lambda: OFD(3, 5)(f4[:1, :, :1, :1], torch.rand(1, 5, 1, 1)), r"a connector in training normalises over the batch and needs more than one value a channel; got \(1, 3, 1, 1\): use a larger batch, or loss.eval\(\)"),
+    (lambda: OFD(3, 5)(f4, f4), "OFD was made for 3 student and 5 teacher channels; got 3 and 3: "
+                                "OFD.from_features reads them from an example"),
+    (lambda: OFD(3, 5)(f4[:1, :, :1, :1], torch.rand(1, 5, 1, 1)),
+     r"a connector in training normalises over the batch and needs more than one value a channel; got \(1, 3, 1, 1\): "
+     r"use a larger batch, or loss.eval\(\)"),
     (lambda: OFD(3, 5, margins="bn"), "OFD takes margins='batch', one tensor a layer, or a number; got 'bn'"),
-    (lambda: OFD(3, 5, margins=torch.zeros(3)), r"OFD needs a margin of at most 0 for each of the 5 teacher channels; got shape \(3,\), largest 0.0"),
+    (lambda: OFD(3, 5, margins=torch.zeros(3)), r"OFD needs a margin of at most 0 for each of the 5 teacher channels; "
+                                                r"got shape \(3,\), largest 0.0"),
     (lambda: OFD(3, 2, margins=torch.tensor([-1., .5])), r"at most 0 for each of the 2 teacher channels; got shape \(2,\), largest 0.5"),
     (lambda: OFD(3, 2, margins=float("nan")), "at most 0 for each of the 2 teacher channels; got shape .*, largest nan"),
     (lambda: OFD([3, 3], [2, 2], margins=torch.zeros(2)), "OFD needs one tensor of margins a layer; got 1 for 2"),
-    (lambda: margin_from_batchnorm(nn.ReLU()), "margin_from_batchnorm needs a batch normalisation; got ReLU: measure with margin_from_maps instead"),
-    (lambda: margin_from_maps(torch.zeros(3)), r"margin_from_maps needs responses of shape \(N, C, H, W\) or \(N, D\), floating point; got \(3,\), torch.float32"),
+    (lambda: margin_from_batchnorm(nn.ReLU()), "margin_from_batchnorm needs a batch normalisation; got ReLU: "
+                                               "measure with margin_from_maps instead"),
+    (lambda: margin_from_maps(torch.zeros(3)), r"margin_from_maps needs responses of shape \(N, C, H, W\) or \(N, D\), "
+                                               r"floating point; got \(3,\), torch.float32"),
 ]
 
 

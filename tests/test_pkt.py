@@ -41,7 +41,8 @@ def test_pkt_is_torchdistills(dtype, tolerance, relu):
 def pkt_loop(s, t, eps=1e-7, distinct=False):
     n, tables = len(s), []
     for e in (s, t):
-        k = torch.stack([torch.stack([(1 + F.cosine_similarity(e[i], e[j], dim=0)) / 2 * (not (distinct and i == j)) for j in range(n)]) for i in range(n)])
+        k = torch.stack([torch.stack([(1 + F.cosine_similarity(e[i], e[j], dim=0)) / 2 * (not (distinct and i == j))
+                                      for j in range(n)]) for i in range(n)])
         tables.append(k / k.sum(1, keepdim=True))
     q, p = tables
     return sum(p[i, j] * math.log((p[i, j] + eps) / (q[i, j] + eps)) for i in range(n) for j in range(n))

@@ -1,4 +1,5 @@
-"""Several processes do what one would do with the whole batch, batch norms included, whatever the task; every process ends with the same."""
+"""Several processes do what one would do with the whole batch, batch norms included, whatever the task;
+every process ends with the same."""
 import subprocess
 import sys
 from pathlib import Path
@@ -23,7 +24,8 @@ pytestmark = pytest.mark.xdist_group("processes")          # one worker makes wh
 @pytest.fixture(scope="module", params=[2, 3])
 def several(request, tmp_path_factory, relkd_env):
     at, n = tmp_path_factory.mktemp(f"processes{request.param}"), request.param
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc_per_node", str(n), str(HERE / "ddp_worker.py"), str(at)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+               "--nproc_per_node", str(n), str(HERE / "ddp_worker.py"), str(at)]
     done = subprocess.run(command, env=relkd_env, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return n, at, [torch.load(at / f"{rank}.pt", weights_only=True) for rank in range(n)]
@@ -80,8 +82,10 @@ def test_a_run_of_several_processes_is_one_run(several):
     on_disk = load_records(at / "out", "toy")
     assert len(on_disk) == 4 and all(r["processes"] == n for r in on_disk)
     for r in ranks:
-        assert sorted(({k: v for k, v in x.items() if k not in ("seconds", "images_per_second")} for x in r["records"]), key=lambda x: x["row"]) == \
-               sorted(({k: v for k, v in x.items() if k not in ("seconds", "images_per_second")} for x in on_disk), key=lambda x: x["row"])
+        assert (sorted(({k: v for k, v in x.items() if k not in ("seconds", "images_per_second")} for x in r["records"]),
+                       key=lambda x: x["row"])
+                == sorted(({k: v for k, v in x.items() if k not in ("seconds", "images_per_second")} for x in on_disk),
+                          key=lambda x: x["row"]))
     assert not list(at.rglob("group-*"))
 
 
@@ -93,7 +97,8 @@ def test_stopped_and_continued_is_not_stopped(several):
 
 def test_a_batch_norm_that_cannot_be_synchronised_is_said(several):
     n, _, ranks = several
-    assert ranks[0]["refused"] == f"layer '0' is a BatchNorm1d: on a CPU in {n} processes only BatchNorm2d is synchronised; use one process, or a GPU"
+    assert (ranks[0]["refused"] == f"layer '0' is a BatchNorm1d: on a CPU in {n} processes only BatchNorm2d is "
+                                   "synchronised; use one process, or a GPU")
 
 
 class Few:
@@ -129,7 +134,8 @@ def test_one_process_changes_nothing():
     x, fabric = torch.randn(6, 1, 8, 8), Session(device="cpu").fabric()
     assert synchronised(net, fabric) is net and type(net.bn) is torch.nn.BatchNorm2d and share(fabric, x).equal(x)
     features = {"a": x}
-    assert gathered(fabric, features) is features and asked_by_any(fabric, True, False) == (True, False) and average_gradients(fabric, None) is None
+    assert (gathered(fabric, features) is features and asked_by_any(fabric, True, False) == (True, False)
+            and average_gradients(fabric, None) is None)
     whole = Tiny(10)
     whole.load_state_dict(net.state_dict())
     whole.bn.__class__ = WholeBatchNorm2d

@@ -29,7 +29,8 @@ def test_every_part_of_every_row_is_timed(tmp_path, wanted):
     assert [r["part"] for r in record["rows"]] == ["batch", "teacher looks", *(r.name for r in wanted.rows)]
     assert all(r["ms"] > 0 and r.get("objective_ms", 1) > 0 for r in record["rows"])
     assert profile_table(record)["share_%"].sum() == pytest.approx(100)
-    assert 0 < record["floor_ms"]["step"] and 0 < record["step_ms"] and record["calls"]["operations"] > record["teacher_calls"]["operations"] > 100
+    assert (0 < record["floor_ms"]["step"] and 0 < record["step_ms"]
+            and record["calls"]["operations"] > record["teacher_calls"]["operations"] > 100)
     text = profile_text(record)
     assert wanted.name in text and "images/s" in text and wanted.rows[-1].name in text
 

@@ -48,14 +48,18 @@ def test_the_teacher_and_the_best_row_of_the_first_seed_are_published(finished, 
     assert [m["name"] for m in made] == NAMES and made == [manifest(m["name"], tmp_path) for m in made]
     for m, row in zip(made, ("Teacher", best)):
         a, r = m["about"], next(r for r in records if r["row"] == row and r["seed"] == 1)
-        assert (a["row"], a["seed"], a["recipe"], a["data"], a["fingerprint"], a["precision"], a["cut"]) == (row, 1, "digits-1epochs", "digits", data.fingerprint, "32-true", TINY.cut)
-        assert a["test"] == "top-1" and a["accuracy"] == r["last"] == a["record"]["accuracy"] and abs(a["accuracy_float16"] - a["accuracy"]) < 3
+        assert ((a["row"], a["seed"], a["recipe"], a["data"], a["fingerprint"], a["precision"], a["cut"])
+                == (row, 1, "digits-1epochs", "digits", data.fingerprint, "32-true", TINY.cut))
+        assert (a["test"] == "top-1" and a["accuracy"] == r["last"] == a["record"]["accuracy"]
+                and abs(a["accuracy_float16"] - a["accuracy"]) < 3)
         assert evaluate(load(m["name"], tmp_path), data) == a["accuracy_float16"], "the file has the accuracy that the manifest states"
         path = out / a["record"]["path"]
-        assert json.loads(path.read_text()) == r and a["record"]["run"] == r["run"] and a["record"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert (json.loads(path.read_text()) == r and a["record"]["run"] == r["run"]
+                and a["record"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest())
         x, i = data.test_images[:7], a["input"]
         mean_, std = (torch.tensor(i[k])[:, None, None] for k in ("mean", "std"))
-        assert list(x.shape[1:]) == i["shape"] and ((x.float() / 255 - mean_) / std).equal(data.normalise(x)), "the manifest tells what to feed"
+        assert list(x.shape[1:]) == i["shape"] and ((x.float() / 255 - mean_) / std).equal(data.normalise(
+            x)), "the manifest tells what to feed"
         assert str(out) not in json.dumps(m) and a["class_names"] == [str(k) for k in range(10)]
     assert f"({mean[best]:.2f} %) of RKD-D, HKD over seeds 1, 0" in made[1]["about"]["chosen"] and "chosen" not in made[0]["about"]
 
@@ -71,10 +75,12 @@ def test_a_few_shot_recipe_is_published_too(tmp_path):
     r = few_shot_toy(teacher="resnet8x0.5", student="resnet8x0.5", seeds=(0,), vary={"shot": (1,)})
     records = run(r, session(tmp_path))
     made = publish(r, tmp_path / "w", session(tmp_path))
-    assert [m["name"] for m in made] == ["digits/resnet8x0.5-teacher", "digits/resnet8x0.5-student"] and [m["classes"] for m in made] == [None, None]
+    assert ([m["name"] for m in made] == ["digits/resnet8x0.5-teacher", "digits/resnet8x0.5-student"]
+            and [m["classes"] for m in made] == [None, None])
     for m, row in zip(made, ("Teacher", "RKD-D")):
         a = m["about"]
-        assert (a["test"], a["row"], a["variant"]) == ("2-way 1-shot", row, {"shot": 1}) and a["accuracy"] == next(x["last"] for x in records if x["row"] == row)
+        assert ((a["test"], a["row"], a["variant"]) == ("2-way 1-shot", row, {"shot": 1})
+                and a["accuracy"] == next(x["last"] for x in records if x["row"] == row))
         net = load(m["name"], tmp_path / "w")
         assert r.task.test(net, split_digits())["2-way 1-shot"]["accuracy"] == a["accuracy_float16"]
     x = split_digits().normalise(split_digits().images[:4])
@@ -94,7 +100,8 @@ def test_a_run_in_bf16_is_found_by_its_recipe_or_by_the_sessions_precision(tmp_p
 def test_weights_of_another_recipe_are_not_replaced(finished, tmp_path):
     about = {"recipe": "digits/losses"}
     save(create("resnet8x0.5", 10, 1), NAMES[1], "resnet8x0.5", 10, 1, tmp_path, about=about)
-    one_line(lambda: publish(TINY, tmp_path, session(finished[0])), f"{NAMES[1]} in {tmp_path} is of recipe digits/losses: name another folder with --weights, or remove it")
+    one_line(lambda: publish(TINY, tmp_path, session(finished[0])),
+             f"{NAMES[1]} in {tmp_path} is of recipe digits/losses: name another folder with --weights, or remove it")
     assert manifest(NAMES[1], tmp_path)["about"] == about and len(files(tmp_path)) == 2, "the teacher is not written either"
 
 
@@ -110,7 +117,8 @@ def test_what_is_missing_is_said_and_what_to_do(finished, tmp_path):
     record.write_text(text)
     for path in (out / ".runs/digits-1epochs").glob("teacher-seed1.ckpt*"):
         path.unlink()
-    assert call().startswith("the weights of Teacher seed 1 of digits-1epochs are not in") and "run the recipe again, which trains what has no checkpoint" in call()
+    assert (call().startswith("the weights of Teacher seed 1 of digits-1epochs are not in")
+            and "run the recipe again, which trains what has no checkpoint" in call())
     empty = one_line(lambda: publish(TINY, to, session(tmp_path / "empty")), "5 of 5 are not in")
     assert empty.count("seed") == 3 and not to.exists()
 
@@ -119,7 +127,8 @@ def test_weights_and_record_must_be_of_one_run(finished, tmp_path):
     out = copy_of(finished, tmp_path)
     record = out / "records/digits-1epochs/teacher-seed1.json"
     record.write_text(json.dumps(json.loads(record.read_text()) | {"last": 99.9}))
-    one_line(lambda: publish(TINY, tmp_path / "w", session(out)), "the record of Teacher seed 1 of digits-1epochs in", "run the recipe again, which writes the records of its checkpoints")
+    one_line(lambda: publish(TINY, tmp_path / "w", session(out)), "the record of Teacher seed 1 of digits-1epochs in",
+             "run the recipe again, which writes the records of its checkpoints")
     run(TINY, session(out))
     publish(TINY, tmp_path / "w", session(out))
 
@@ -134,11 +143,13 @@ def test_recipes_that_cannot_be_published(tmp_path, wrong, message):
 
 
 def test_the_command_prints_one_line_a_network(finished, tmp_path, typed):
-    code, said, error = typed("publish", "digits", "--epochs", 1, "--rows", "RKD-D,HKD", "--seeds", "1", "--out", finished[0], "--weights", tmp_path, "--device", "cpu")
+    code, said, error = typed("publish", "digits", "--epochs", 1, "--rows", "RKD-D,HKD", "--seeds", "1", "--out",
+                              finished[0], "--weights", tmp_path, "--device", "cpu")
     made, lines = [manifest(n, tmp_path) for n in NAMES], said.splitlines()
     assert code == 0 and len(lines) == 2 and error == ""
     for line, m in zip(lines, made):
         a = m["about"]
-        assert line.split()[0] == m["name"] and f"{a['accuracy']:.2f} % in float32, {a['accuracy_float16']:.2f} % in float16, {m['bytes']:,} bytes in 1 part ({a['row']}, seed 1)" in line
+        assert (line.split()[0] == m["name"] and f"{a['accuracy']:.2f} % in float32, {a['accuracy_float16']:.2f} % in "
+                                                 f"float16, {m['bytes']:,} bytes in 1 part ({a['row']}, seed 1)" in line)
     code, said, error = typed("publish", "digits", "--out", tmp_path, "--weights", tmp_path)
     assert code == 2 and said == "" and error.count("\n") == 1 and "run the recipe to its end first" in error

@@ -1,4 +1,5 @@
-"""Recipes: what was cut is said, one value changed is another experiment, a description tells things apart, and a user's file is a recipe."""
+"""Recipes: what was cut is said, one value changed is another experiment, a description tells things apart,
+and a user's file is a recipe."""
 import subprocess
 import sys
 from dataclasses import replace
@@ -54,7 +55,8 @@ def test_the_base_row_is_kept_and_the_teacher_is_a_row_in_both_kinds():
         assert only.row_names == (["Student", "Teacher"] if base == "Student" else ["Teacher"]) and only.base == base
         some = r.reduced(rows=[r.rows[-1].name.lower()])
         assert some.row_names == (["Student", "HKD", "Teacher"] if base == "Student" else ["Teacher", "RKD-D"])
-        assert r.reduced().row_names == r.row_names and r.reduced(rows=[]).row_names == only.row_names and r.reduced(seeds=[3, 3, 1]).seeds == (3, 1)
+        assert (r.reduced().row_names == r.row_names and r.reduced(rows=[]).row_names == only.row_names
+                and r.reduced(seeds=[3, 3, 1]).seeds == (3, 1))
     assert few_shot_toy().runs == 6 and few_shot_toy().reduced(shot=(2,)).runs == 3 and toy(seeds=(0, 1), together=True).runs == 7
 
 
@@ -86,20 +88,25 @@ def test_errors_are_one_line(call, message):
 # --- one value
 
 @pytest.mark.parametrize("path, value, read", [
-    ("schedule.lr", .5, lambda r: r.schedule.lr), ("schedule.lr", 1, lambda r: r.schedule.lr), ("task.labelled", None, lambda r: r.task.labelled),
-    ("rows.HKD.terms.0.weight", 3., lambda r: r.rows[2].terms[0].weight), ("rows.2.terms.0.options.T", 2., lambda r: r.rows[2].terms[0].options["T"]),
-    ("precision", "bf16", lambda r: r.precision), ("schedule.milestones", [1, 2], lambda r: list(r.schedule.milestones)), ("data_options.resize", "nearest", lambda r: r.data_options["resize"]),
+    ("schedule.lr", .5, lambda r: r.schedule.lr), ("schedule.lr", 1, lambda r: r.schedule.lr),
+    ("task.labelled", None, lambda r: r.task.labelled),
+    ("rows.HKD.terms.0.weight", 3., lambda r: r.rows[2].terms[0].weight),
+    ("rows.2.terms.0.options.T", 2., lambda r: r.rows[2].terms[0].options["T"]),
+    ("precision", "bf16", lambda r: r.precision), ("schedule.milestones", [1, 2], lambda r: list(r.schedule.milestones)),
+    ("data_options.resize", "nearest", lambda r: r.data_options["resize"]),
 ])
 def test_one_value_changed_is_another_experiment_that_says_so(path, value, read):
     old, new = toy(cut="3 of 5 rows"), toy(cut="3 of 5 rows").with_value(path, value)
-    assert read(new) == value and new.name.startswith(f"toy-{path}=".lower().replace(" ", "")) and new.cut.startswith(f"3 of 5 rows; {path} = {value!r} instead of ")
+    assert (read(new) == value and new.name.startswith(f"toy-{path}=".lower().replace(" ", ""))
+            and new.cut.startswith(f"3 of 5 rows; {path} = {value!r} instead of "))
     assert replace(new, name="toy", cut="x") != replace(old, cut="x") and str(old) != str(new)
     assert all(c.isalnum() or c in "./=+-_" for c in new.name)
 
 
 def test_several_values_are_all_said():
     r = toy().with_value("schedule.lr", .5).with_value("schedule.momentum", 0.).reduced(epochs=1)
-    assert r.name == "toy-schedule.lr=0.5-schedule.momentum=0.0-1epochs" and r.cut.count(";") == 2 and (r.schedule.lr, r.schedule.momentum) == (.5, 0.)
+    assert (r.name == "toy-schedule.lr=0.5-schedule.momentum=0.0-1epochs" and r.cut.count(";") == 2
+            and (r.schedule.lr, r.schedule.momentum) == (.5, 0.))
 
 
 # --- a description
@@ -114,16 +121,20 @@ def with_margin(margin):
 
 
 def test_a_description_tells_things_apart_and_does_not_depend_on_where_they_lie():
-    things = [f, g, partial(f, t=1), partial(f, t=2), partial(g, t=1), with_margin(1.), with_margin(2.), lambda s: s, nn.Linear, tiny, "f", None, 3, 3.5, (1, 2), {"a": f}, Term(f), Term(g), toy().task]
+    things = [f, g, partial(f, t=1), partial(f, t=2), partial(g, t=1), with_margin(1.), with_margin(2.), lambda s: s,
+              nn.Linear, tiny, "f", None, 3, 3.5, (1, 2), {"a": f}, Term(f), Term(g), toy().task]
     found = [digest(described(t)) for t in things]
     assert len(set(found)) == len(found) and found == [digest(described(t)) for t in things]
     assert digest(described(with_margin(1.))) == digest(described(with_margin(1.)))
-    assert described(Term("KD"))["loss"] == "KD" and described(create) == "create" and described(f)["name"] == "f" and described(toy().task)["kind"] == "Classify"
+    assert (described(Term("KD"))["loss"] == "KD" and described(create) == "create" and described(f)["name"] == "f"
+            and described(toy().task)["kind"] == "Classify")
     assert described((1, [2, {3: None}])) == [1, [2, {"3": None}]]
 
 
 def test_functions_without_source_text_are_told_apart_too():
-    code = "from relkd.tables.recipe import described; print(*(described(eval(t))['source'] for t in ('lambda s: s + 1', 'lambda s: s + 2', 'lambda s: s.a', 'lambda s: s.b', 'lambda s: [i + 1 for i in s]', 'lambda s: [i + 2 for i in s]')))"
+    code = ("from relkd.tables.recipe import described; print(*(described(eval(t))['source'] for t in ('lambda s: "
+            "s + 1', 'lambda s: s + 2', 'lambda s: s.a', 'lambda s: s.b', 'lambda s: [i + 1 for i in s]', 'lambda s: "
+            "[i + 2 for i in s]')))")
     a, b = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(2))
     assert a == b and len(set(a)) == 6
 
@@ -131,11 +142,14 @@ def test_functions_without_source_text_are_told_apart_too():
 # --- recipes that are there
 
 def test_every_recipe_is_found_by_itself_and_is_whole():
-    assert {"digits", "digits/losses", "digits/balanced", "cifar100/paper", "cifar100/crd", "cifar100/cpu", "omniglot/paper", "omniglot/cpu", "miniimagenet/paper", "cifar_fs/cpu"} <= set(PAPERS)
+    assert {"digits", "digits/losses", "digits/balanced", "cifar100/paper", "cifar100/crd", "cifar100/cpu",
+            "omniglot/paper", "omniglot/cpu", "miniimagenet/paper", "cifar_fs/cpu"} <= set(PAPERS)
     for name, r in PAPERS.items():
         text = str(r)
-        assert (r.name, r.title) == (name, known_recipes()[name]) and all(f"row {x.name}" in text for x in r.rows) and ("cut down" in text) == bool(r.cut)
-        assert bool(r.cut) == ("cpu" in name or name.startswith(("cifar100/losses", "metric/cifar100", "metric/omniglot"))) and r.base in r.row_names
+        assert ((r.name, r.title) == (name, known_recipes()[name]) and all(f"row {x.name}" in text for x in r.rows)
+                and ("cut down" in text) == bool(r.cut))
+        assert (bool(r.cut) == ("cpu" in name or name.startswith(("cifar100/losses", "metric/cifar100", "metric/omniglot")))
+                and r.base in r.row_names)
 
 
 def test_every_layer_that_a_recipe_names_exists():
@@ -162,14 +176,16 @@ def test_where_attention_finds_positions():
 
 def test_the_recipes_are_those_of_the_papers():
     o, m = omniglot_paper, PAPERS["miniimagenet/paper"]
-    assert (o.task.way, o.task.query, o.schedule.epochs * o.task.length, o.schedule.milestones[0] * o.task.length, o.task.test_episodes, o.task.ways, o.vary) == (60, 5, 10_000, 2_000, 1000, (5, 20), {"shot": (1, 5)})
+    assert (o.task.way, o.task.query, o.schedule.epochs * o.task.length, o.schedule.milestones[0] * o.task.length,
+            o.task.test_episodes, o.task.ways, o.vary) == (60, 5, 10_000, 2_000, 1000, (5, 20), {"shot": (1, 5)})
     assert (m.task.way, m.task.query, m.task.test_episodes, m.task.ways) == (20, 15, 600, (5,))
     weights = {r.name: [t.weight for t in r.terms] for r in o.rows}
     assert weights["RKD-D"] == [50.] and weights["RKD-DA"] == [25., 50.], "halved together"
     assert {row: n for (row, test), n in o.quoted.items() if test == "20-way 1-shot"} == {"Teacher": 95.11, "RKD-D": 95.45, "RKD-DA": 95.52}
     assert m.quoted["Attention", "5-way 5-shot"] == (46.21, .70)
     small = o.reduced(["RKD-DA"], [3], 5)
-    assert small.name == "omniglot/paper-5epochs" and small.row_names == ["Teacher", "RKD-DA"] and small.schedule.milestones == (1., 2., 3., 4.) and "5 of 100" in small.cut
+    assert (small.name == "omniglot/paper-5epochs" and small.row_names == ["Teacher", "RKD-DA"]
+            and small.schedule.milestones == (1., 2., 3., 4.) and "5 of 100" in small.cut)
 
 
 # --- a user's file
@@ -189,7 +205,9 @@ def test_a_file_that_derives_from_ours_has_one_recipe(tmp_path):
 def test_two_files_of_one_name_are_two_modules_and_no_module_is_hidden(tmp_path):
     import random
 
-    text = "from dataclasses import replace\nfrom relkd.recipes.digits import digits\nfrom relkd.distill import Row, Term\nclass Mine:\n    def __call__(self, s, t): return (s {} t).mean()\nmine = replace(digits, name='mine', rows=(Row('x', (Term(Mine),)),))\n"
+    text = ("from dataclasses import replace\nfrom relkd.recipes.digits import digits\n"
+            "from relkd.distill import Row, Term\nclass Mine:\n    def __call__(self, s, t): return (s {} t).mean()\n"
+            "mine = replace(digits, name='mine', rows=(Row('x', (Term(Mine),)),))\n")
     found = []
     for folder, sign in (("a", "+"), ("b", "-")):
         (tmp_path / folder).mkdir()

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from data_helpers import one_line
-from relkd.records import VERSION, cell_name, environment, load_records, make_record, read_record, record_path, to_tensorboard, upgraded, write_record
+from relkd.records import (VERSION, cell_name, environment, load_records, make_record, read_record, record_path,
+                           to_tensorboard, upgraded, write_record)
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
@@ -21,7 +22,8 @@ def record(row="HKD", seed=0, recipe="t", variant=(), accuracy=90.):
 
 
 def few_shot_record():
-    cell, tests = {"recipe": "t", "row": "RKD-D", "variant": {"shot": 1}, "seed": 0}, {"5-way 1-shot": {"accuracy": 55.6, "hits": "1 2"}, "20-way 1-shot": {"accuracy": 40.}}
+    cell, tests = ({"recipe": "t", "row": "RKD-D", "variant": {"shot": 1}, "seed": 0},
+                   {"5-way 1-shot": {"accuracy": 55.6, "hits": "1 2"}, "20-way 1-shot": {"accuracy": 40.}})
     return make_record(cell, "r", {}, "5-way 1-shot", tests, [{"epoch": 1, "loss": 2., "validation": 50.9}], CPU, **COST)
 
 
@@ -44,10 +46,13 @@ def test_the_headline_is_a_test_and_the_best_epoch_one_of_the_test_set():
 def test_records_of_the_first_layout():
     old = {"recipe": "t", "row": "HKD", "seed": 1, "run": "x", "last": 90., "best": 91., "best_epoch": 3, "protocol": {}, "epochs": []}
     new = upgraded(old)
-    assert (new["version"], new["headline"], new["tests"], new["variant"]) == (1, "top-1", {"top-1": {"accuracy": 90.}}, {}) and "version" not in old
-    few = old | {"row": "RKD-D/1-shot", "method": "RKD-D", "shot": 1, "last": 50.9, "tests": {"5-way 1-shot": {"accuracy": 55.6}}, "epochs": [{"epoch": 1, "accuracy": 50.9}]}
+    assert ((new["version"], new["headline"], new["tests"], new["variant"])
+            == (1, "top-1", {"top-1": {"accuracy": 90.}}, {}) and "version" not in old)
+    few = old | {"row": "RKD-D/1-shot", "method": "RKD-D", "shot": 1, "last": 50.9,
+                 "tests": {"5-way 1-shot": {"accuracy": 55.6}}, "epochs": [{"epoch": 1, "accuracy": 50.9}]}
     new = upgraded(few)
-    assert (new["row"], new["variant"], new["last"], new["best"], new["epochs"]) == ("RKD-D", {"shot": 1}, 55.6, None, [{"epoch": 1, "validation": 50.9}])
+    assert ((new["row"], new["variant"], new["last"], new["best"], new["epochs"])
+            == ("RKD-D", {"shot": 1}, 55.6, None, [{"epoch": 1, "validation": 50.9}]))
     assert upgraded(record()) == record()
 
 
@@ -56,14 +61,18 @@ def test_every_committed_record_is_read():
     records = [read_record(p) for p in paths]
     assert len(records) > 200
     for p, r in zip(paths, records):
-        assert r["last"] == r["tests"][r["headline"]]["accuracy"] and "precision" in r["protocol"] and p.parent.relative_to(ROOT / "figures/records").as_posix() == r["recipe"]
-        assert not any("accuracy" in e and "hits" in next(iter(r["tests"].values())) for e in r["epochs"]), "a validation is not called an accuracy"
+        assert (r["last"] == r["tests"][r["headline"]]["accuracy"] and "precision" in r["protocol"]
+                and p.parent.relative_to(ROOT / "figures/records").as_posix() == r["recipe"])
+        assert (not any("accuracy" in e and "hits" in next(iter(r["tests"].values()))
+                        for e in r["epochs"])), "a validation is not called an accuracy"
 
 
 @pytest.mark.parametrize("damage, said", [
-    (lambda t: t[:50], "JSONDecodeError"), (lambda t: "[]", "AttributeError"), (lambda t: "[" * 3000, "RecursionError"), (lambda t: "{}", "KeyError: 'last'"),
+    (lambda t: t[:50], "JSONDecodeError"), (lambda t: "[]", "AttributeError"), (lambda t: "[" * 3000, "RecursionError"),
+    (lambda t: "{}", "KeyError: 'last'"),
     (lambda t: t.replace('"seed"', '"sead"'), "KeyError: 'seed'"), (lambda t: t.replace('"seed": 0', '"seed": "0"'), "field 'seed'"),
-    (lambda t: t.replace('"variant": {}', '"variant": 1'), "field 'variant'"), (lambda t: t.replace('"last": 90.0', '"last": null'), "field 'last'"),
+    (lambda t: t.replace('"variant": {}', '"variant": 1'), "field 'variant'"),
+    (lambda t: t.replace('"last": 90.0', '"last": null'), "field 'last'"),
 ])
 def test_damaged_records_are_named(tmp_path, damage, said):
     path = write_record(tmp_path, record())

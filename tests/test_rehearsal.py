@@ -1,4 +1,5 @@
-"""A GPU's dress rehearsal without one: 'meta' stands for the card. A value asked for, a mask as an index, a mixed device, a copy in a step: each raises."""
+"""A GPU's dress rehearsal without one: 'meta' stands for the card.
+A value asked for, a mask as an index, a mixed device, a copy in a step: each raises."""
 from dataclasses import replace
 
 import pytest
@@ -87,7 +88,8 @@ def test_every_rows_step_stays_on_the_card(card, name, flags):
     if search:
         task = replace(task, images=2)
     tasks, of_teacher = [row.learns(task) for row in r.rows], task.for_teacher()
-    x, y, index = torch.zeros(images, c, size, size, device="meta"), torch.arange(answers) // (2 if search else 1) % 10, torch.arange(images)
+    x, y, index = (torch.zeros(images, c, size, size, device="meta"), torch.arange(answers) // (2 if search else 1) % 10,
+                   torch.arange(images))
     learners = [Learner(untrained(r.student, t.outputs(data), c).to(memory_format=torch.channels_last), row, r.schedule, 0, t)
                 for t, row in zip(tasks, r.rows)]
     layers = [n for l in learners for n in l.objective.teacher_layers]

@@ -23,7 +23,8 @@ def copy(tmp_path_factory):
 
 
 def files(folder, pattern):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.glob(pattern)) if "__pycache__" not in p.parts and ".ipynb_checkpoints" not in p.parts}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.glob(pattern))
+            if "__pycache__" not in p.parts and ".ipynb_checkpoints" not in p.parts}
 
 
 def test_exported_code_is_in_step_with_the_notebooks(copy):
@@ -49,7 +50,8 @@ def test_readme_links_lead_somewhere():
     assert len(links) > 10 and not missing
 
 
-@pytest.mark.parametrize("notebook", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts))
+@pytest.mark.parametrize("notebook", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/**/*.ipynb")
+                                            if ".ipynb_checkpoints" not in p.parts))
 def test_links_between_notebooks_lead_somewhere(notebook):
     import nbformat
 
@@ -204,6 +206,12 @@ def test_exported_lines_are_short():
     assert not long, long[:20]
 
 
+def test_lines_of_tests_and_tools_are_short():
+    long = [f"{path.relative_to(ROOT).as_posix()}:{k}" for folder in ("tests", ".ci") for path in sorted((ROOT / folder).rglob("*.py"))
+            for k, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if len(line) > 140]
+    assert not long, long[:20]
+
+
 def test_version_is_one():
     import configparser
 
@@ -214,10 +222,14 @@ def test_version_is_one():
     assert relkd.__version__ == cfg["DEFAULT"]["version"]
 
 
-@pytest.mark.parametrize("notebook", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/**/*.ipynb") if ".ipynb_checkpoints" not in p.parts))
-def test_exported_cells_show_one_idea(notebook):
+@pytest.mark.parametrize("notebook", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/**/*.ipynb")
+                                            if ".ipynb_checkpoints" not in p.parts))
+def test_cells_show_one_idea(notebook):
     import nbformat
 
-    cells = [c for c in nbformat.read(ROOT / notebook, as_version=4).cells if c.cell_type == "code" and re.search(r"^#\|\s*export", c.source, flags=re.M)]
-    long = {c.id: n for c in cells if (n := len(c.source.strip().splitlines())) > 60}
-    assert not long, f"more than 60 lines in cells {long} of {notebook}: take out what stands on its own, with prose before it and an output after it"
+    cells = [c for c in nbformat.read(ROOT / notebook, as_version=4).cells if c.cell_type == "code"]
+    long = {c.id: n for c in cells if (n := len(c.source.strip().splitlines())) > 40}
+    assert not long, (f"more than 40 lines in cells {long} of {notebook}: "
+                      "take out what stands on its own, with prose before it and an output after it")
+    wide = {c.id: n for c in cells if (n := max(map(len, c.source.splitlines()), default=0)) > 140}
+    assert not wide, f"lines of more than 140 characters in cells {wide} of {notebook}: break them at 120"

@@ -254,7 +254,8 @@ def test_the_papers_recipes_run_on_small_copies(tmp_path, name, place):
     task = replace(whole.task, images=2, length=1, teacher_length=1, crop=64, augment=((random_crop, {'size': 64}), (flip, {})))
     one = replace(whole.schedule, epochs=1, batch_size=4)
     rows = tuple(r for r in whole.rows if r.name in ('Triplet 64', 'RKD-DA 64'))
-    small = replace(whole, task=task, teacher=untrained, student=untrained, rows=rows, schedule=one, teacher_schedule=one, seeds=(0,), eval_every=1)
+    small = replace(whole, task=task, teacher=untrained, student=untrained, rows=rows, schedule=one,
+                    teacher_schedule=one, seeds=(0,), eval_every=1)
     records = run(small, Session(out=tmp_path / 'out', root=tmp_path / 'data', device='cpu'))
     assert [r['row'] for r in records] == ['Teacher', 'Triplet 64', 'RKD-DA 64']
     assert list(records[0]['tests']) == [f'Recall@{k}' for k in whole.task.ks] and all(r['epochs'][0]['loss'] is not None for r in records)

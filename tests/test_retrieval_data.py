@@ -27,18 +27,23 @@ from relkd.data.omniglot import EVALUATION
 def test_halves_pool_what_was_held_apart():
     d = digits()
     h = halves(d)
-    assert h.by_class and h.splits == {"train": (0, 1, 2, 3, 4), "test": (5, 6, 7, 8, 9)} and sum(h.counts.values()) == 1797 and h.images.data_ptr() == d.images.data_ptr()
-    odd = Dataset("o", torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(5), {"train": range(0, 3), "test": range(3, 5)}, tuple("abcde"))
+    assert (h.by_class and h.splits == {"train": (0, 1, 2, 3, 4), "test": (5, 6, 7, 8, 9)}
+            and sum(h.counts.values()) == 1797 and h.images.data_ptr() == d.images.data_ptr())
+    odd = Dataset("o", torch.zeros(5, 1, 2, 2, dtype=torch.uint8), torch.arange(5),
+                  {"train": range(0, 3), "test": range(3, 5)}, tuple("abcde"))
     assert halves(odd).splits == {"train": (0, 1), "test": (2, 3, 4)} and halves(odd).fingerprint != odd.fingerprint
 
 
 def test_a_split_is_an_option(tmp_path):
     arrays(tmp_path / "cifar100", n=(200, 100), shape=(32, 32, 3), classes=100)
     data, plain = load("cifar100", tmp_path, split="retrieval"), load("cifar100", tmp_path)
-    assert data.counts == {"train": 150, "test": 150} and data.splits["test"] == tuple(range(50, 100)) and data.classes == CLASSES["cifar100"]
-    assert data.name == "cifar100" and not plain.by_class and len({data.fingerprint, plain.fingerprint, load("cifar_fs", tmp_path).fingerprint}) == 3
+    assert (data.counts == {"train": 150, "test": 150} and data.splits["test"] == tuple(range(50, 100))
+            and data.classes == CLASSES["cifar100"])
+    assert (data.name == "cifar100" and not plain.by_class
+            and len({data.fingerprint, plain.fingerprint, load("cifar_fs", tmp_path).fingerprint}) == 3)
     check_name("cifar100", tmp_path, split="retrieval")
-    one_line(lambda: check_name("cifar100", tmp_path, split="retreival"), "unknown split of cifar100 'retreival': did you mean 'retrieval'?")
+    one_line(lambda: check_name("cifar100", tmp_path, split="retreival"),
+             "unknown split of cifar100 'retreival': did you mean 'retrieval'?")
     one_line(lambda: load("cifar100", tmp_path, split=None), "unknown split of cifar100 'None': known are retrieval")
     one_line(lambda: load("cifar100", tmp_path, size=3), "data set 'cifar100' has no option 'size': it has split")
     one_line(lambda: load("cifar_fs", tmp_path, split="retrieval"), "data set 'cifar_fs' has no option 'split': it has none")
@@ -50,7 +55,8 @@ def test_tiny_imagenet_and_omniglot_in_miniature(tmp_path):
     assert data.counts == {"train": 5, "test": 5} and data.splits == {"train": (0,), "test": (1,)}
     images, rows = omniglot_arrays(tmp_path)
     data = load("omniglot", tmp_path, split="retrieval", resize="nearest")
-    assert data.classes == tuple(f"{a}/{c}" for _, a, c in rows) and len(data.images) == len(images) and data.splits == {"train": (0, 1, 4, 5), "test": (2, 3, 6, 7)}
+    assert (data.classes == tuple(f"{a}/{c}" for _, a, c in rows) and len(data.images) == len(images)
+            and data.splits == {"train": (0, 1, 4, 5), "test": (2, 3, 6, 7)})
     assert torch.equal(data.images, load("omniglot", tmp_path, resize="nearest").images[:len(images)])
     groups, names = class_groups(data)
     assert names == ("Latin", "Gurmukhi", "Hebrew", "Tibetan") and groups.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
@@ -60,7 +66,8 @@ def test_tiny_imagenet_and_omniglot_in_miniature(tmp_path):
 @pytest.mark.skipif(not (REAL / "cifar100").is_dir(), reason="CIFAR-100 is not here")
 def test_the_real_cifar100():
     data = load("cifar100", REAL, split="retrieval")
-    assert data.counts == {"train": 30_000, "test": 30_000} and (data.classes[0], data.classes[49], data.classes[50], data.classes[99]) == ("apple", "mountain", "mouse", "worm")
+    assert data.counts == {"train": 30_000, "test": 30_000} and (data.classes[0], data.classes[49], data.classes[50],
+                                                                 data.classes[99]) == ("apple", "mountain", "mouse", "worm")
     x, y = data.split("test")
     assert y.unique().tolist() == list(range(50, 100)) and (y.bincount()[50:] == 600).all() and x.shape == (30_000, 3, 32, 32)
     labels = np.load(REAL / "cifar100" / "test_labels.npy")
@@ -73,7 +80,8 @@ def test_the_real_omniglot():
     data = load("omniglot", REAL, split="retrieval")
     rows = [line.split(",")[1:] for line in (REAL / "omniglot" / "characters.csv").read_text().splitlines()[1:]]
     assert data.counts == {"train": 19_280, "test": 13_180} and data.classes == tuple(f"{a}/{c}" for _, a, c in rows)
-    assert set(EVALUATION.split()) == {a for s, a, _ in rows if s == "images_evaluation"} and {rows[c][0] for c in data.splits["train"]} == {"images_background"}
+    assert (set(EVALUATION.split()) == {a for s, a, _ in rows if s == "images_evaluation"}
+            and {rows[c][0] for c in data.splits["train"]} == {"images_background"})
     assert (data.labels.bincount() == 20).all() and data.images.shape[1:] == (1, 28, 28)
     groups, names = class_groups(data)
     assert len(names) == 50 and not set(groups[list(data.splits["train"])].tolist()) & set(groups[list(data.splits["test"])].tolist())
@@ -96,7 +104,8 @@ def test_random_windows_are_torchvisions_one_by_one():
 @pytest.mark.parametrize("side, size", [(256, 224), (9, 4), (9, 7), (11, 4), (11, 8), (8, 8)])
 def test_the_central_window_is_torchvisions(side, size):
     x = torch.randint(0, 256, (2, 3, side, side + 3), dtype=torch.uint8, generator=gen())
-    assert torch.equal(centre_crop(x, size), CenterCrop(size)(x)) and centre_crop(x, size).untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    assert (torch.equal(centre_crop(x, size), CenterCrop(size)(x)) and centre_crop(x, size).untyped_storage().data_ptr()
+            == x.untyped_storage().data_ptr())
 
 
 @pytest.mark.parametrize("size", [0, 10, 3.0, None, (3, 3)])
@@ -154,7 +163,8 @@ def test_the_file_is_used_again_and_made_again_when_an_image_changed(tmp_path, m
     os.utime(tmp_path / f"{path.stem}.old.tmp", (0, 0))
     picture(tmp_path / names[0], 9)
     second = decoded(tmp_path, names, 32)
-    assert not torch.equal(second[0], first[0]) and torch.equal(second[1:], first[1:]) and torch.equal(again[1:], torch.zeros_like(first[1:]))
+    assert (not torch.equal(second[0], first[0]) and torch.equal(second[1:], first[1:])
+            and torch.equal(again[1:], torch.zeros_like(first[1:])))
     assert [p.suffix for p in kept(tmp_path)] == [".npy", ".tmp"] or [p.suffix for p in kept(tmp_path)] == [".tmp", ".npy"]
     assert not path.exists() and not list(tmp_path.glob("*.old.tmp"))
     os.utime(tmp_path / names[1], ns=(1, 1))                                     # the same bytes, another time: it cannot be known
@@ -170,16 +180,22 @@ def test_all_that_cannot_be_read_are_named_in_one_pass(tmp_path):
         (tmp_path / name).write_bytes(b"no image")
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
     (tmp_path / "half.jpg").write_bytes((tmp_path / names[0]).read_bytes()[:500])
-    said = one_line(lambda: decoded(tmp_path, [names[0], *bad, names[1]], 32, 2), f"{tmp_path}: 7 of 9 images cannot be read: 0.jpg (UnidentifiedImageError), ", "4.jpg (UnidentifiedImageError), ...: get them again")
+    said = one_line(lambda: decoded(tmp_path, [names[0], *bad, names[1]], 32, 2),
+                    f"{tmp_path}: 7 of 9 images cannot be read: 0.jpg (UnidentifiedImageError), ",
+                    "4.jpg (UnidentifiedImageError), ...: get them again")
     assert "5.jpg" not in said and not kept(tmp_path)
-    one_line(lambda: decoded(tmp_path, ["deep.png", "half.jpg", *names], 32, 1), "2 of 8 images cannot be read: deep.png (more than 8 bits a channel), half.jpg (OSError): get them again")
-    one_line(lambda: decoded(tmp_path, [*names, "not/here.jpg", "鸟.jpg"], 32), "2 of 8 images are missing: not/here.jpg, 鸟.jpg: get the set again")
+    one_line(lambda: decoded(tmp_path, ["deep.png", "half.jpg", *names], 32, 1),
+             "2 of 8 images cannot be read: deep.png (more than 8 bits a channel), half.jpg (OSError): get them again")
+    one_line(lambda: decoded(tmp_path, [*names, "not/here.jpg", "鸟.jpg"], 32),
+             "2 of 8 images are missing: not/here.jpg, 鸟.jpg: get the set again")
     assert not kept(tmp_path)
 
 
 def test_what_stops_the_decoding(tmp_path, monkeypatch):
     names = several(tmp_path)
-    for options, expected in (({"size": 0}, "size must be at least 1; got 0"), ({"num_workers": 0}, "num_workers must be at least 1; got 0"), ({"num_workers": 2.}, "got 2.0")):
+    for options, expected in (({"size": 0}, "size must be at least 1; got 0"),
+                              ({"num_workers": 0}, "num_workers must be at least 1; got 0"),
+                              ({"num_workers": 2.}, "got 2.0")):
         one_line(lambda: decoded(tmp_path, names, **options), expected)
     with monkeypatch.context() as m:
         m.setattr(mapped.shutil, "disk_usage", lambda folder: type("u", (), {"free": 10**6}))
@@ -254,28 +270,35 @@ def cars(root, layout):
         part = ("train", "test")[k % 2]
         picture(folder / {"one": f"car_ims/{f}", "devkit": f"cars_{part}/{f}", "folders": f"{part}/Make {c:03}/{f}"}[layout], k)
     if layout == "one":
-        savemat(folder / "cars_annos.mat", {"annotations": records(relative_im_path=[f"car_ims/{f}" for _, f in CARS], bbox_x1=[1] * 5, **{"class": [np.uint8(c) for c, _ in CARS], "test": [0] * 5}), "class_names": NAMES})
+        savemat(folder / "cars_annos.mat",
+                {"annotations": records(relative_im_path=[f"car_ims/{f}" for _, f in CARS], bbox_x1=[1] * 5,
+                                        **{"class": [np.uint8(c) for c, _ in CARS], "test": [0] * 5}), "class_names": NAMES})
     if layout == "devkit":
         (folder / "devkit").mkdir()
         savemat(folder / "devkit" / "cars_meta.mat", {"class_names": NAMES})
         for k, path in enumerate(("devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat")):
-            savemat(folder / path, {"annotations": records(fname=[f for _, f in CARS[k::2]], bbox_x1=[1] * 5, **{"class": [np.uint8(c) for c, _ in CARS[k::2]]})})
+            savemat(folder / path, {"annotations": records(fname=[f for _, f in CARS[k::2]], bbox_x1=[1] * 5,
+                                                           **{"class": [np.uint8(c) for c, _ in CARS[k::2]]})})
     return folder
 
 
 def test_cub(tmp_path):
     folder = cub(tmp_path)
     data = load("cub200", tmp_path)
-    assert data.by_class and data.counts == {"train": 4, "test": 4} and data.splits == {"train": (0, 1), "test": (2, 3)} and data.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert (data.by_class and data.counts == {"train": 4, "test": 4} and data.splits == {"train": (0, 1), "test": (2, 3)}
+            and data.labels.tolist() == [0, 0, 1, 1, 2, 2, 3, 3])
     assert data.classes == ("001.Bird_1", "100.Bird_100", "101.Bird_101", "200.Bird_200") and not data.on_host
     for k, image in enumerate(data.images):
         file = folder / "images" / (folder / "images.txt").read_text().splitlines()[k].split()[1]
-        assert np.array_equal(image.numpy(), np.asarray(Image.open(file).convert("RGB").resize((256, 256), Image.Resampling.BILINEAR)).transpose(2, 0, 1))
-    assert torch.equal(data.mean_std[0].flatten(), torch.tensor([.485, .456, .406])) and torch.equal(data.mean_std[1].flatten(), torch.tensor([.229, .224, .225]))
+        assert np.array_equal(image.numpy(), np.asarray(Image.open(file).convert("RGB").resize(
+            (256, 256), Image.Resampling.BILINEAR)).transpose(2, 0, 1))
+    assert (torch.equal(data.mean_std[0].flatten(), torch.tensor([.485, .456, .406]))
+            and torch.equal(data.mean_std[1].flatten(), torch.tensor([.229, .224, .225])))
     lines = (folder / "images.txt").read_text().splitlines()
     (folder / "images.txt").write_text("\n".join(lines[::-1]))                   # another order: the split is a run of places all the same
     other = load("cub200", tmp_path)
-    assert other.labels.tolist() == data.labels.tolist() and torch.equal(other.images[:2], data.images[:2].flip(0)) and other.fingerprint != data.fingerprint
+    assert (other.labels.tolist() == data.labels.tolist() and torch.equal(other.images[:2], data.images[:2].flip(0))
+            and other.fingerprint != data.fingerprint)
     assert load("cub200", tmp_path, size=32, num_workers=1).images.shape == (8, 3, 32, 32)
     assert {e["name"]: e["counts"] for e in inventory(tmp_path)}["cub200"] == {"train": 4, "test": 4}
     one_line(lambda: fetch("cub200", tmp_path / "none"), "cub200 cannot be downloaded; place the publisher's archive there, unpacked")
@@ -285,10 +308,12 @@ def test_cub(tmp_path):
 def test_cars(tmp_path, layout):
     folder = cars(tmp_path, layout)
     data = load("cars196", tmp_path, size=32)
-    names = ("Make 001", "Make 098", "Make 099", "Make 196") if layout == "folders" else ("Make C-V 1", "Make C-V 98", "Make C-V 99", "Make C-V 196")
+    names = (("Make 001", "Make 098", "Make 099", "Make 196") if layout == "folders"
+             else ("Make C-V 1", "Make C-V 98", "Make C-V 99", "Make C-V 196"))
     assert data.classes == names and data.counts == {"train": 3, "test": 2} and data.splits == {"train": (0, 1), "test": (2, 3)}
     of = {f: next(p for p in folder.rglob(f)) for _, f in CARS}
-    pixels = {f: np.asarray(Image.open(p).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1) for f, p in of.items()}
+    pixels = {f: np.asarray(Image.open(p).convert("RGB").resize((32, 32), Image.Resampling.BILINEAR)).transpose(2, 0, 1)
+              for f, p in of.items()}
     for f, y in (("a.jpg", 1), ("b.jpg", 0), ("c.jpg", 2), ("d.jpg", 3), ("e.jpg", 0)):
         assert sum(np.array_equal(x.numpy(), pixels[f]) for x in data.images[data.labels == y]) == 1
     if layout == "devkit":
@@ -312,7 +337,9 @@ def test_counts_that_are_not_the_publishers_give_a_line(tmp_path, monkeypatch):
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         load("cub200", tmp_path, size=16)
-    assert [str(w.message) for w in told] == [f"{tmp_path / 'CUB_200_2011'} holds 4 classes, 4 and 4 images for training and retrieval, the publisher's 200 classes, 5864 and 5924 images: results are not those of the whole set"]
+    assert [str(w.message) for w in told] == [f"{tmp_path / 'CUB_200_2011'} holds 4 classes, 4 and 4 images "
+                                              "for training and retrieval, the publisher's 200 classes, 5864 and 5924 "
+                                              "images: results are not those of the whole set"]
     monkeypatch.setitem(photos.DUE, "cub200", (4, 4, 4))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -324,23 +351,35 @@ def rewrite(file, old, new):
 
 
 @pytest.mark.parametrize("make, spoil, expected", [
-    (cub, lambda f: (f / "images.txt").unlink(), ["looked for CUB_200_2011/{images,image_class_labels}.txt with images/ (CUB_200_2011/images.txt missing)", "place the publisher's archive there"]),
+    (cub, lambda f: (f / "images.txt").unlink(),
+     ["looked for CUB_200_2011/{images,image_class_labels}.txt with images/ (CUB_200_2011/images.txt missing)",
+      "place the publisher's archive there"]),
     (cub, lambda f: [f.rename(f.parent / "x"), f.mkdir(), (f / "README").touch()], ["(CUB_200_2011 holds README)"]),
-    (cub, rewrite("images.txt", "3 100.", "three 100."), ["images.txt, line 3 must be 'image_id path'; got 'three 100.Bird_100/Bird_0.jpg'"]),
+    (cub, rewrite("images.txt", "3 100.", "three 100."), ["images.txt, line 3 must be 'image_id path'; "
+                                                          "got 'three 100.Bird_100/Bird_0.jpg'"]),
     (cub, rewrite("image_class_labels.txt", "3 100", "3 1.5"), ["image_class_labels.txt, line 3 must be 'image_id class_id'; got '3 1.5'"]),
     (cub, rewrite("image_class_labels.txt", "3 100", ""), ["image 3 is in only one of images.txt and image_class_labels.txt"]),
     (cub, rewrite("images.txt", "001.Bird_1/Bird_0", "../../secret"), ["must name files inside it; got 'images/../../secret.jpg'"]),
-    (cub, rewrite("images.txt", "001.Bird_1/Bird_0", "001.Bird_1/Bird_7"), ["1 of 8 images are missing: images/001.Bird_1/Bird_7.jpg: get the set again"]),
+    (cub, rewrite("images.txt", "001.Bird_1/Bird_0", "001.Bird_1/Bird_7"),
+     ["1 of 8 images are missing: images/001.Bird_1/Bird_7.jpg: get the set again"]),
     (cub, lambda f: (f / "images.txt").write_bytes(b"1 \xff.jpg\n"), ["images.txt cannot be read (UnicodeDecodeError)"]),
     (lambda root: cub(root, (1, 2)), lambda f: None, ["holds no image of a class of split 'test'"]),
-    (cub, lambda f: (f / "images" / "101.Bird_101" / "Bird_1.jpg").write_bytes(b""), ["1 of 8 images cannot be read: images/101.Bird_101/Bird_1.jpg (UnidentifiedImageError)"]),
-    (sop, lambda f: (f / "Ebay_test.txt").unlink(), ["looked for Stanford_Online_Products/Ebay_{train,test}.txt with *_final/ (Stanford_Online_Products/Ebay_test.txt missing)"]),
+    (cub, lambda f: (f / "images" / "101.Bird_101" / "Bird_1.jpg").write_bytes(b""),
+     ["1 of 8 images cannot be read: images/101.Bird_101/Bird_1.jpg (UnidentifiedImageError)"]),
+    (sop, lambda f: (f / "Ebay_test.txt").unlink(), ["looked for Stanford_Online_Products/Ebay_{train,test}.txt with "
+                                                     "*_final/ (Stanford_Online_Products/Ebay_test.txt missing)"]),
     (sop, rewrite("Ebay_test.txt", " 3 2 ", " 1 2 "), ["class 1 of", "is in both lists: a class belongs to one split"]),
-    (sop, rewrite("Ebay_train.txt", "1 1 2 ", "1 1 "), ["Ebay_train.txt, line 2 must be 'image_id class_id super_class_id path'; got '1 1 coffee"]),
-    (lambda root: cars(root, "one"), lambda f: (f / "cars_annos.mat").write_bytes(b"x" * 300), ["cars_annos.mat must be a .mat file that holds 'annotations' with relative_im_path, class"]),
-    (lambda root: cars(root, "one"), lambda f: savemat(f / "cars_annos.mat", {"annotations": 3}), ["cars_annos.mat must be a .mat file that holds 'annotations'"]),
-    (lambda root: cars(root, "one"), lambda f: (f / "cars_annos.mat").unlink(), ["looked for cars196/cars_annos.mat with car_ims/ and stanford_cars/ as torchvision has it and cars196/{train,test}/CLASS/*.jpg (cars196/cars_annos.mat missing); place one of these"]),
-    (lambda root: cars(root, "devkit"), lambda f: savemat(f / "devkit" / "cars_meta.mat", {"class_names": NAMES[:98]}), ["has class 99; there are names for 1 to 98"]),
+    (sop, rewrite("Ebay_train.txt", "1 1 2 ", "1 1 "),
+     ["Ebay_train.txt, line 2 must be 'image_id class_id super_class_id path'; got '1 1 coffee"]),
+    (lambda root: cars(root, "one"), lambda f: (f / "cars_annos.mat").write_bytes(b"x" * 300),
+     ["cars_annos.mat must be a .mat file that holds 'annotations' with relative_im_path, class"]),
+    (lambda root: cars(root, "one"), lambda f: savemat(f / "cars_annos.mat", {"annotations": 3}),
+     ["cars_annos.mat must be a .mat file that holds 'annotations'"]),
+    (lambda root: cars(root, "one"), lambda f: (f / "cars_annos.mat").unlink(),
+     ["looked for cars196/cars_annos.mat with car_ims/ and stanford_cars/ as torchvision has it and "
+      "cars196/{train,test}/CLASS/*.jpg (cars196/cars_annos.mat missing); place one of these"]),
+    (lambda root: cars(root, "devkit"), lambda f: savemat(f / "devkit" / "cars_meta.mat", {"class_names": NAMES[:98]}),
+     ["has class 99; there are names for 1 to 98"]),
 ])
 def test_copies_that_are_wrong(tmp_path, make, spoil, expected):
     folder = make(tmp_path)
@@ -369,14 +408,17 @@ def test_batches_of_mapped_images_are_those_of_images_in_memory(tmp_path):
     memory, host = same_in_memory(data), load("sop", tmp_path, size=20, on_host=True)
     assert data.fingerprint == memory.fingerprint == host.fingerprint and data.images.data_ptr() == data.to("cpu").images.data_ptr()
     at = data.images.data_ptr()
-    assert data.split("train")[0].data_ptr() == data.train_images.data_ptr() == at and data.test_images.data_ptr() == at + 12 * 3 * 20 * 20, "views"
+    assert (data.split("train")[0].data_ptr() == data.train_images.data_ptr() == at
+            and data.test_images.data_ptr() == at + 12 * 3 * 20 * 20), "views"
     augment = (random_crop, {"size": 16}), (flip, {})
-    for make in (lambda d: Batches(d, 5, 0, augment=augment), lambda d: ClassBalanced(d, "train", 2, 3, 0), lambda d: ClassBalanced(d, "test", 2, 4, 1)):
+    for make in (lambda d: Batches(d, 5, 0, augment=augment), lambda d: ClassBalanced(d, "train", 2, 3, 0),
+                 lambda d: ClassBalanced(d, "test", 2, 4, 1)):
         steps = [list(make(d).epoch(2)) for d in (memory, data, host)]
         for a, b, c in zip(*steps, strict=True):
             assert all(torch.equal(u, v) and torch.equal(u, w) for u, v, w in zip(a, b, c, strict=True))
     x = centre_crop(data.test_images, 16)
-    assert torch.equal(data.normalise(x), (x.float() / 255 - data.mean_std[0]) / data.mean_std[1]) and torch.equal(host.normalise(x), data.normalise(x))
+    assert (torch.equal(data.normalise(x), (x.float() / 255 - data.mean_std[0]) / data.mean_std[1])
+            and torch.equal(host.normalise(x), data.normalise(x)))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -443,7 +485,8 @@ def test_a_set_of_products_is_never_whole_in_memory(tmp_path, relkd_env):
 
 
 def test_a_source_may_have_options_and_splits():
-    one = Source("one", (("x", (), lambda root, name, size=1: [size, size]),), "make it", options=("size",), splits={"half": lambda d: d[:1]})
+    one = Source("one", (("x", (), lambda root, name, size=1: [size, size]),), "make it", options=("size",),
+                 splits={"half": lambda d: d[:1]})
     assert one(".", size=3, split="half") == [3] and one(".", split="half") == [1] and one(".") == [1, 1]
     one_line(lambda: one.find(".", split="quarter"), "unknown split of one 'quarter': known are half")
     one_line(lambda: one.find(".", depth=3), "data set 'one' has no option 'depth': it has size, split")

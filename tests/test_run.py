@@ -67,12 +67,14 @@ def test_what_stands_in_every_record(done):
     recipe, _, records = done
     for r in records:
         p = r["protocol"]
-        assert r["run"] == digest(p) and p["precision"] == "32-true" and r["processes"] == 1 and p["cut"] == recipe.cut and p["recipe"] == recipe.name
+        assert (r["run"] == digest(p) and p["precision"] == "32-true" and r["processes"] == 1 and p["cut"] == recipe.cut
+                and p["recipe"] == recipe.name)
         assert r["last"] == r["tests"][r["headline"]]["accuracy"] and r["commit"] != "" and r["version"] == 2
         assert p["network"] == {"name": "tiny" if r["row"] == "Teacher" else "noisy", "source": p["network"]["source"]}
         assert (r["teacher_weights"] is None) == (r["row"] == "Teacher")
         if recipe.vary:
-            assert r["headline"] == f"2-way {r['variant']['shot']}-shot" and r["best"] is None and all("accuracy" not in e for e in r["epochs"])
+            assert (r["headline"] == f"2-way {r['variant']['shot']}-shot" and r["best"] is None
+                    and all("accuracy" not in e for e in r["epochs"]))
             assert len(r["tests"][r["headline"]]["hits"].split()) == 20 and "validation" in r["epochs"][-1]
         else:
             assert r["headline"] == "top-1" and r["best"] >= r["last"]
@@ -85,7 +87,8 @@ def test_students_of_a_seed_share_start_stream_and_teacher_and_the_teacher_start
     e = Experiment(recipe, session(out))
     for g in e.groups():
         protocols = [e.protocol(row, g.task, s, g.stream) for s in g.seeds for row in recipe.rows]
-        assert {p["teacher"] for p in protocols} == {digest(e.teacher_protocol(g.task, g.stream))} and len({digest(p) for p in protocols}) == len(protocols)
+        assert ({p["teacher"] for p in protocols} == {digest(e.teacher_protocol(g.task, g.stream))}
+                and len({digest(p) for p in protocols}) == len(protocols))
     a, b = (e.network(tiny, recipe.tasks[0], s) for s in (0, 0))
     assert same(a, b) and not same(a, e.network(tiny, recipe.tasks[0], teacher_seed(0)))
 
@@ -119,7 +122,8 @@ def test_fewer_rows_and_seeds_are_the_same_runs(done, tmp_path):
 def test_one_teacher_for_all_seeds_and_none_to_be_trained(tmp_path):
     shared = toy(seeds=(3, 4), together=True, rows=toy().rows[:2])
     records = run(shared, session(tmp_path / "a"))
-    assert [(r["row"], r["seed"]) for r in records] == [("Teacher", 0), *((row.name, s) for s in (3, 4) for row in shared.rows)] and len(records) == shared.runs
+    assert ([(r["row"], r["seed"]) for r in records]
+            == [("Teacher", 0), *((row.name, s) for s in (3, 4) for row in shared.rows)] and len(records) == shared.runs)
     assert {r["trained_beside"] for r in records if r["row"] != "Teacher"} == {4}
     alone = run(replace(shared, rows=(), baseline="Teacher"), session(tmp_path / "b"))
     assert figures(alone).items() <= figures(records).items() and len(alone) == 1
@@ -208,7 +212,8 @@ def steps(monkeypatch):
 
 @pytest.mark.parametrize("make", KINDS.values(), ids=KINDS)
 def test_a_kill_at_any_operation_on_a_file_costs_no_row_more_than_one_interval(tmp_path, make, steps):
-    """A checkpoint after each step, and a kill before each renaming or removal of a file, those of the final window included: no row makes more than one step again."""
+    """A checkpoint after each step, and a kill before each renaming or removal of a file,
+    those of the final window included: no row makes more than one step again."""
     recipe = make(rows=make().rows[:2], schedule=replace(make().schedule, epochs=1), teacher_schedule=replace(make().schedule, epochs=1))
     recipe = replace(recipe, vary={"shot": (1,)}) if recipe.vary else recipe
     with pytest.MonkeyPatch.context() as m:
@@ -226,12 +231,14 @@ def test_a_kill_at_any_operation_on_a_file_costs_no_row_more_than_one_interval(t
             run(recipe, session(out))
         found = figures(run(recipe, session(out)))
         again = {s: steps.count(s) - n for s, n in due.items()}
-        assert found == want and max(again.values()) <= 1 and min(again.values()) >= 0, f"killed at operation {fatal} of {operations}: {again}"
+        assert (found == want and max(again.values()) <= 1
+                and min(again.values()) >= 0), f"killed at operation {fatal} of {operations}: {again}"
         assert not left_over(out), fatal
 
 
 def test_the_final_window_is_not_trained_again(tmp_path, steps):
-    """Without checkpoints in between: once the group's last one is written, no row makes a step again, whichever of the finals are there."""
+    """Without checkpoints in between: once the group's last one is written, no row makes a step again,
+    whichever of the finals are there."""
     recipe = toy()
     with pytest.MonkeyPatch.context() as m:
         real, calls = engine.save_checkpoint, []
@@ -280,7 +287,8 @@ run(replace(r, schedule=replace(r.schedule, epochs=80)), Session(sys.argv[1], 'c
 def test_kill_minus_nine_and_go_on_bit_for_bit(tmp_path, relkd_cli):
     r = toy()
     r = replace(r, schedule=replace(r.schedule, epochs=80))
-    p = subprocess.Popen([sys.executable, "-c", SCRIPT, tmp_path / "killed", HERE], env=relkd_cli.env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    p = subprocess.Popen([sys.executable, "-c", SCRIPT, tmp_path / "killed", HERE], env=relkd_cli.env,
+                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 120
     while not list((tmp_path / "killed").glob("records/toy/teacher*")) and time.time() < deadline and p.poll() is None:
         time.sleep(.005)
@@ -290,14 +298,16 @@ def test_kill_minus_nine_and_go_on_bit_for_bit(tmp_path, relkd_cli):
     p.kill()
     p.wait()
     assert len(list((tmp_path / "killed").glob("records/toy/*"))) == 1
-    assert figures(run(r, session(tmp_path / "killed"))) == figures(run(r, session(tmp_path / "whole"))) and not left_over(tmp_path / "killed")
+    assert (figures(run(r, session(tmp_path / "killed"))) == figures(run(r, session(tmp_path / "whole")))
+            and not left_over(tmp_path / "killed"))
 
 
 # --- refused in one line, before anything is trained
 
 def test_two_runs_in_one_folder(tmp_path, no_training):
     with hold(tmp_path / ".runs" / "toy"):
-        one_line(lambda: run(toy(), session(tmp_path)), f"another run (process {os.getpid()}) is at work in {tmp_path}/.runs/toy: wait for it, or name another --out")
+        one_line(lambda: run(toy(), session(tmp_path)), f"another run (process {os.getpid()}) is at work in "
+                                                        f"{tmp_path}/.runs/toy: wait for it, or name another --out")
 
 
 def old_layout(path):
@@ -313,7 +323,8 @@ def test_a_run_of_an_earlier_version_is_not_continued(tmp_path, name):
     old_layout(tmp_path / ".runs/toy" / name)
     with pytest.MonkeyPatch.context() as m:
         m.setattr(engine, "fit", lambda *a, **k: pytest.fail("training started"))
-        one_line(lambda: run(toy(), session(tmp_path)), f"{tmp_path}/.runs/toy holds checkpoints of an earlier version of relkd, which are not continued ({name})", "--out", "--replace")
+        one_line(lambda: run(toy(), session(tmp_path)), f"{tmp_path}/.runs/toy holds checkpoints of an earlier version "
+                                                        f"of relkd, which are not continued ({name})", "--out", "--replace")
     run(toy(), session(tmp_path, replace=True))
     assert not (tmp_path / ".runs/toy" / name).exists()
     run(toy(), session(tmp_path))
@@ -325,7 +336,8 @@ def test_records_and_checkpoints_of_another_protocol_are_not_written_over(tmp_pa
     kept = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and p.name != ".lock"}
     with pytest.MonkeyPatch.context() as m:
         m.setattr(engine, "fit", lambda *a, **k: pytest.fail("training started"))
-        one_line(lambda: run(other, session(tmp_path)), "records/toy holds records of another protocol or of an earlier version", "write over them with --replace")
+        one_line(lambda: run(other, session(tmp_path)), "records/toy holds records of another protocol or of an "
+                                                        "earlier version", "write over them with --replace")
         for p in tmp_path.glob("records/toy/*"):
             p.unlink()
         one_line(lambda: run(other, session(tmp_path)), ".runs/toy holds checkpoints of another protocol", "--replace")
@@ -360,12 +372,14 @@ def test_a_checkpoint_does_not_say_where_records_are_written(tmp_path):
     ({"task": replace(toy().task, labelled=100)}, "100 of each class were asked for"),
     ({"student": "conv4"}, "network 'conv4' cannot take images of 1 x 8 x 8 ("),
     ({"teacher": "conv4"}, "): choose another network, or larger images"),
-    ({"task": FewShot()}, "data set 'few' has train and test images of the same classes; few-shot learning needs classes split into train, val and test: Dataset.with_splits"),
+    ({"task": FewShot()}, "data set 'few' has train and test images of the same classes; "
+                          "few-shot learning needs classes split into train, val and test: Dataset.with_splits"),
     ({"data": "digits", "task": FewShot()}, "data set 'digits' has train and test images of the same classes"),
     ({"data": split_digits, "task": FewShot(way=9)}, "9-way episodes need 9 classes; the train classes of digits have 6"),
     ({"data": split_digits, "task": FewShot(way=2, ways=(2, 3))}, "3-way episodes need 3 classes; the test classes of digits have 2"),
     ({"teacher_weights": "nowhere.pth"}, "no file nowhere.pth of the teacher's weights"),
-    ({"starts": {"student": "nowhere.pth"}}, "no file nowhere.pth of the student's first weights: name the file, or let it start at random"),
+    ({"starts": {"student": "nowhere.pth"}}, "no file nowhere.pth of the student's first weights: "
+                                             "name the file, or let it start at random"),
     ({"starts": {"teacher": ("digitz", "Student")}}, "unknown recipe 'digitz': did you mean 'digits'?"),
     ({"precision": "fp8"}, "precision is '32' or 'bf16'; got 'fp8'"),
 ])
@@ -439,8 +453,10 @@ class Near(nn.Module):
         return near(student, teacher, self.p)
 
 
-mine = Recipe(name='mine', title='all of my own', data=pets, task=Classify(), teacher=network, student=network, teacher_weights=str(HERE / 'teacher.safetensors'),
-              rows=(Row('Student'), Row('function', (Term(near, 2., '3:input', '3:input'),)), Row('class', (Term(Near, 2., '3:input', '3:input', {'p': 2}),))),
+mine = Recipe(name='mine', title='all of my own', data=pets, task=Classify(), teacher=network, student=network,
+              teacher_weights=str(HERE / 'teacher.safetensors'),
+              rows=(Row('Student'), Row('function', (Term(near, 2., '3:input', '3:input'),)),
+                    Row('class', (Term(Near, 2., '3:input', '3:input', {'p': 2}),))),
               schedule=Schedule(2, 4, .1, milestones=()), seeds=(0,))
 '''
 
@@ -482,21 +498,26 @@ def wheel(tmp_path_factory):
 
 def test_a_file_of_the_users_is_run_from_another_folder_with_the_wheel_alone(own, wheel, tmp_path, relkd_cli):
     env = relkd_cli.env | {"PYTHONPATH": str(wheel)}
-    where = subprocess.run([sys.executable, "-c", "import relkd; print(relkd.__file__)"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    where = subprocess.run([sys.executable, "-c", "import relkd; print(relkd.__file__)"], cwd=tmp_path, env=env,
+                           capture_output=True, text=True)
     assert where.stdout.startswith(str(wheel))
-    done = subprocess.run([sys.executable, "-m", "relkd.cli", "run", own / "my_recipe.py", "--set", "schedule.lr=.05", "--device", "cpu", "--out", "out"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "relkd.cli", "run", own / "my_recipe.py", "--set", "schedule.lr=.05",
+                           "--device", "cpu", "--out", "out"], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     name = "mine-schedule.lr=0.05"
     records = {r["row"]: r for r in load_records(tmp_path / "out", name)}
     assert list(sorted(records)) == ["Student", "Teacher", "class", "function"] and (tmp_path / "out" / f"{name}.csv").exists()
     p = records["function"]["protocol"]
-    assert p["schedule"]["lr"] == .05 and p["cut"] == "schedule.lr = 0.05 instead of 0.1" and "schedule.lr = 0.05 instead of 0.1" in done.stdout
+    assert (p["schedule"]["lr"] == .05 and p["cut"] == "schedule.lr = 0.05 instead of 0.1"
+            and "schedule.lr = 0.05 instead of 0.1" in done.stdout)
     assert p["network"]["name"] == "network" and len(p["network"]["source"]) == 12
     loss, of_class = p["row"]["terms"][0]["loss"], records["class"]["protocol"]["row"]["terms"][0]["loss"]
     assert loss["name"] == "near" and of_class["name"] == "Near" and loss["source"] != of_class["source"]
     teacher = records["Teacher"]
-    assert teacher["epochs"] == [] and teacher["trained_beside"] == 0 and set(teacher["protocol"]["weights"]) == {"file", "sha256"} and teacher["protocol"]["weights"]["file"] == "teacher.safetensors"
-    assert records["class"]["teacher_weights"] == teacher["weights"] and records["class"]["epochs"] == records["function"]["epochs"] != records["Student"]["epochs"]
+    assert (teacher["epochs"] == [] and teacher["trained_beside"] == 0 and set(teacher["protocol"]["weights"])
+            == {"file", "sha256"} and teacher["protocol"]["weights"]["file"] == "teacher.safetensors")
+    assert (records["class"]["teacher_weights"] == teacher["weights"]
+            and records["class"]["epochs"] == records["function"]["epochs"] != records["Student"]["epochs"])
     fingerprint = from_file(own / "my_recipe.py").data().fingerprint
     assert {r["protocol"]["data"]["fingerprint"] for r in records.values()} == {fingerprint}
 
@@ -530,7 +551,8 @@ def test_arrays_with_a_split_of_ones_own_are_a_few_shot_set(tmp_path):
     np.save(folder / "labels.npy", d.labels.numpy().astype(np.uint8))
     (folder / "splits.json").write_text(json.dumps(d.splits))
     plan = replace(few_shot_toy().schedule, epochs=1, milestones=())
-    there, here = (run(few_shot_toy(data=data, vary={}, schedule=plan), session(tmp_path / str(k))) for k, data in enumerate((split_digits, str(folder))))
+    there, here = (run(few_shot_toy(data=data, vary={}, schedule=plan), session(tmp_path / str(k)))
+                   for k, data in enumerate((split_digits, str(folder))))
     assert len(here) == 3 and figures(here) == figures(there)
 
 
@@ -538,7 +560,8 @@ def test_a_loss_that_changes_is_another_experiment(own, tmp_path):
     r = from_file(own / "my_recipe.py")
     run(r, session(tmp_path))
     changed = tmp_path / "my_recipe.py"
-    changed.write_text(MINE.replace("HERE = Path(__file__).parent", f"HERE = Path({str(own)!r})").replace(".abs().pow(p)", ".abs().pow(p + 1)"))
+    changed.write_text(MINE.replace("HERE = Path(__file__).parent", f"HERE = Path({str(own)!r})").replace(
+        ".abs().pow(p)", ".abs().pow(p + 1)"))
     one_line(lambda: run(from_file(changed), session(tmp_path)), "records of another protocol", "function-seed0.json")
 
 
@@ -551,9 +574,11 @@ def test_all_rows_of_a_papers_recipe_run_on_a_small_set_in_the_publishers_layout
             Image.fromarray(rng.integers(0, 256, (7, 7, 3), dtype=np.uint8)).resize((84, 84)).save(folder / "images" / n)
         (folder / f"{split}.csv").write_text("filename,label\n" + "\n".join(f"{n},{n.split('_')[0]}" for n in names))
     paper = recipe("miniimagenet/paper")
-    one_line(lambda: run(paper, session(tmp_path / "out", root=tmp_path)), "20-way episodes need 20 classes; the train classes of miniimagenet have 3")
+    one_line(lambda: run(paper, session(tmp_path / "out", root=tmp_path)),
+             "20-way episodes need 20 classes; the train classes of miniimagenet have 3")
     task = replace(paper.task, way=2, query=1, length=2, ways=(2,), test_query=2, test_episodes=8)
     small = replace(paper, seeds=(0,), vary={"shot": (1,)}, schedule=paper.schedule.cut_to(1), task=task)
     records = run(small, session(tmp_path / "out", root=tmp_path))
-    assert [r["row"] for r in records] == ["Teacher", "Student", "RKD-D", "RKD-DA", "FitNet", "Attention", "SP", "PKT"] and all(r["epochs"][0]["loss"] is not None for r in records)
+    assert ([r["row"] for r in records] == ["Teacher", "Student", "RKD-D", "RKD-DA", "FitNet", "Attention", "SP", "PKT"]
+            and all(r["epochs"][0]["loss"] is not None for r in records))
     assert len({r["weights"] for r in records}) == 8, "every term has a gradient"

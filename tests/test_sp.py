@@ -32,7 +32,8 @@ def pairs(draw, least=3):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 2e-6), (torch.float64, 1e-13)])
 def test_sp_is_the_circulating_one_and_torchdistills_has_rows_of_absolute_sum_1(dtype, tolerance):
-    """torchdistill's `normalize(G, 1)` sets p = 1, not dim = 1: rows of absolute sum 1. Our rows over their absolute sums give its value."""
+    """torchdistill's `normalize(G, 1)` sets p = 1, not dim = 1: rows of absolute sum 1.
+    Our rows over their absolute sums give its value."""
     SPKDLoss = pytest.importorskip("torchdistill.losses.mid_level").SPKDLoss
 
     s, t = randn(8, 3, 4, 4, dtype=dtype), randn(8, 5, 2, 2, seed=1, dtype=dtype)
@@ -92,7 +93,8 @@ def test_pkt_is_blind_to_every_length_and_sp_to_the_rows_own(pair, seed):
     torch.testing.assert_close(similarities(sizes * s), F.normalize(gram * sizes.t()), rtol=1e-8, atol=1e-12)   # columns stay
 
 
-@pytest.mark.parametrize("moved", [lambda s: s + 1, lambda s: s * torch.tensor([7., 1, 1, 1]), lambda s: s.flip(0)], ids=["translation", "axis", "order"])
+@pytest.mark.parametrize("moved", [lambda s: s + 1, lambda s: s * torch.tensor([7., 1, 1, 1]), lambda s: s.flip(0)],
+                         ids=["translation", "axis", "order"])
 @every_loss
 def test_what_is_seen(loss, moved):
     s, t = randn(6, 4), randn(6, 5, seed=1)

@@ -52,7 +52,8 @@ def test_what_is_watched_is_called_accuracy_only_if_it_is_of_the_test_set():
     net = create("resnet8x0.5", None, 1)
     assert Classify().watched == "accuracy" and Classify().headline == "top-1"
     assert SMALL.watched == "validation" and set(SMALL.watch(net, split_digits())) == {"validation"} and SMALL.headline == "2-way 1-shot"
-    assert SMALL.watch(net, split_digits())["validation"] == round(100 * run_trials(net, split_digits(), "val", [Trial(2, 1, 3, 5, seed=1)])[0].double().mean().item() / 6, 4)
+    assert SMALL.watch(net, split_digits())["validation"] == round(
+        100 * run_trials(net, split_digits(), "val", [Trial(2, 1, 3, 5, seed=1)])[0].double().mean().item() / 6, 4)
 
 
 def test_a_task_without_a_stream_says_so():
@@ -81,7 +82,8 @@ def test_evaluation_does_not_depend_on_the_batch_size_nor_on_precision_around_it
 def test_the_teacher_sees_all_images_and_students_the_labelled_ones():
     data, task = few_digits(), Classify(labelled=3)
     few, other = (task.stream(data, Schedule(1, 25), 0, teacher=False, draw=d) for d in (0, 1))
-    assert len(few.labels) == 30 and len(task.stream(data, Schedule(1, 25), 0, teacher=True).labels) == 150 and not few.index.equal(other.index)
+    assert (len(few.labels) == 30 and len(task.stream(data, Schedule(1, 25), 0, teacher=True).labels) == 150
+            and not few.index.equal(other.index))
     assert few.labels.bincount().tolist() == [3] * 10
 
 
@@ -155,13 +157,17 @@ def test_the_tests_of_a_task_are_counted_in_episodes():
     net = create("resnet8x0.5", None, 1, seed=3)
     found = SMALL.test(net, split_digits())["2-way 1-shot"]
     hits = torch.tensor([int(h) for h in found["hits"].split()]).double()
-    assert (found["queries"], found["episodes"], len(hits)) == (6, 20, 20) and found["accuracy"] == pytest.approx(100 * hits.mean().item() / 6, abs=1e-3)
-    assert interval(100 * hits / 6) == (pytest.approx(found["accuracy"], abs=1e-3), pytest.approx(1.96 * (100 * hits / 6).std().item() / 20**.5)) and found["interval"] == pytest.approx(interval(100 * hits / 6)[1], abs=1e-3)
+    assert (found["queries"], found["episodes"], len(hits)) == (6, 20, 20) and found["accuracy"] == pytest.approx(
+        100 * hits.mean().item() / 6, abs=1e-3)
+    assert (interval(100 * hits / 6)
+            == (pytest.approx(found["accuracy"], abs=1e-3), pytest.approx(1.96 * (100 * hits / 6).std().item() / 20**.5))
+            and found["interval"] == pytest.approx(interval(100 * hits / 6)[1], abs=1e-3))
 
 
 def test_a_network_learns_from_episodes():
     task = replace(SMALL, way=4, query=3, length=20, test_episodes=200)
-    l = Learner(create("resnet8x0.5", None, 1, seed=1), Row("plain"), Schedule(3, None, 1e-2, milestones=(), optimiser="Adam", weight_decay=0.), task=task)
+    l = Learner(create("resnet8x0.5", None, 1, seed=1), Row("plain"),
+                Schedule(3, None, 1e-2, milestones=(), optimiser="Adam", weight_decay=0.), task=task)
     fit([l], task.stream(split_digits(), l.schedule, 1), 3, data=split_digits())
     assert l.epochs[-1]["loss"] < .8 * l.epochs[0]["loss"] and l.epochs[-1]["validation"] > 60
 
@@ -181,8 +187,10 @@ def test_records_are_small():
     (lambda: replace(SMALL, way=7).check(split_digits()), "7-way episodes need 7 classes; the train classes of digits have 6"),
     (lambda: replace(SMALL, ways=(2, 9)).check(split_digits()), "9-way episodes need 9 classes; the test classes of digits have 2"),
     (lambda: replace(SMALL, shot=500).check(split_digits()), "500 shots and 2 queries need 502 images of every class"),
-    (lambda: replace(SMALL, test_query=500).check(split_digits()), "1 shot and 500 queries need 501 images of every class; class '7' of the val classes of digits"),
-    (lambda: run_trials(Tiny(None), split_digits(), "test", [Trial(3, 1, 1, 5)]), "3-way episodes need 3 classes; the test classes of digits have 2"),
+    (lambda: replace(SMALL, test_query=500).check(split_digits()),
+     "1 shot and 500 queries need 501 images of every class; class '7' of the val classes of digits"),
+    (lambda: run_trials(Tiny(None), split_digits(), "test", [Trial(3, 1, 1, 5)]),
+     "3-way episodes need 3 classes; the test classes of digits have 2"),
     (lambda: episode_logits(torch.zeros(3, 4), 1), "an episode is (..., way, shot + query, D)"),
     (lambda: episode_logits(torch.zeros(3, 2, 4), 2), "at least 1 shot and 1 query; got (3, 2, 4) and shot = 2"),
     (lambda: accuracy(torch.zeros(3), torch.zeros(3)), "accuracy needs logits (N, C)"),
@@ -202,4 +210,5 @@ def test_the_real_data_allow_the_recipes(name):
             for task in r.tasks:
                 task.check(data)
     if name == "omniglot":
-        one_line(lambda: replace(omniglot_paper.task, shot=5, test_query=16).check(data), "5 shots and 16 queries need 21 images of every class")
+        one_line(lambda: replace(omniglot_paper.task, shot=5, test_query=16).check(data),
+                 "5 shots and 16 queries need 21 images of every class")

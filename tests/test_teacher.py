@@ -76,22 +76,28 @@ def circulating():
         return {k: v * 0 if v.is_floating_point() else v for k, v in sd.items()}
 
     def opt(sd):
-        return torch.optim.SGD([v for v in map(nn.Parameter, (t for t in sd.values() if t.is_floating_point()))], .1, momentum=.9).state_dict()
+        return torch.optim.SGD([v for v in map(nn.Parameter, (t for t in sd.values() if t.is_floating_point()))], .1,
+                               momentum=.9).state_dict()
 
     yield "bare.pth", lambda sd: sd
     yield "ckpt_epoch_240.pth", lambda sd: {"epoch": 240, "model": sd, "accuracy": torch.tensor([79.42]), "optimizer": opt(sd)}
     yield "resnet8_best.pth", lambda sd: {"epoch": 200, "model": sd, "best_acc": torch.tensor([79.5])}
-    yield "resnet8_last.pth", lambda sd: {"opt": argparse.Namespace(model="resnet8", lr=.05, lr_decay_epochs=[150]), "model": sd, "optimizer": opt(sd)}
+    yield "resnet8_last.pth", lambda sd: {"opt": argparse.Namespace(model="resnet8", lr=.05, lr_decay_epochs=[150]),
+                                          "model": sd, "optimizer": opt(sd)}
     yield "numpy_acc.pth", lambda sd: {"model": sd, "best_acc": np.float64(79.4), "lr": np.float32(.1), "history": np.arange(3.)}
     yield "student_best", lambda sd: {"model": sd}
-    yield "best", lambda sd: {"epoch": 240, "model": {**prefixed("module.student.", sd), **prefixed("module.teacher.", zero(sd))}, "best_acc": torch.tensor([70.])}
-    yield "checkpoint.pth.tar", lambda sd: {"epoch": 164, "state_dict": prefixed("module.", sd), "acc": 70., "best_acc": 71., "optimizer": opt(sd)}
+    yield "best", lambda sd: {"epoch": 240, "model": {**prefixed("module.student.", sd), **prefixed(
+        "module.teacher.", zero(sd))}, "best_acc": torch.tensor([70.])}
+    yield "checkpoint.pth.tar", lambda sd: {"epoch": 164, "state_dict": prefixed("module.", sd), "acc": 70.,
+                                            "best_acc": 71., "optimizer": opt(sd)}
     yield "ckpt.t7", lambda sd: {"net": prefixed("module.", sd), "acc": 95.1, "epoch": 199}
     yield "compiled.pth", lambda sd: prefixed("_orig_mod.", sd)
     yield "compiled_ddp.pth", lambda sd: {"model": prefixed("_orig_mod.module.", sd)}
-    yield "last.ckpt", lambda sd: {"epoch": 99, "pytorch-lightning_version": "2.4.0", "state_dict": {**prefixed("model.", sd), "criterion.weight": torch.ones(10)}, "loops": {}, "hyper_parameters": {"lr": .1}}
+    yield "last.ckpt", lambda sd: {"epoch": 99, "pytorch-lightning_version": "2.4.0", "state_dict": {**prefixed(
+        "model.", sd), "criterion.weight": torch.ones(10)}, "loops": {}, "hyper_parameters": {"lr": .1}}
     yield "last_hparams.ckpt", lambda sd: {"state_dict": prefixed("net.", sd), "hyper_parameters": argparse.Namespace(lr=.1)}
-    yield "model_best.pth.tar", lambda sd: {"arch": "resnet8", "state_dict": zero(sd), "state_dict_ema": sd, "args": argparse.Namespace(model="resnet8"), "metric": 79.4}
+    yield "model_best.pth.tar", lambda sd: {"arch": "resnet8", "state_dict": zero(sd), "state_dict_ema": sd,
+                                            "args": argparse.Namespace(model="resnet8"), "metric": 79.4}
     yield "swa.pth", lambda sd: {"n_averaged": torch.tensor(20), **prefixed("module.", sd)}
     yield "thop.pth", lambda sd: {**sd, "total_ops": torch.zeros(1), "layer1.total_params": torch.zeros(1)}
     yield "half.pth", lambda sd: cast(torch.half, sd)
@@ -133,7 +139,8 @@ def test_safetensors_under_any_name_and_a_file_from_a_gpu(tmp_path):
 REFUSED = {
     "list.pth": (lambda n, d: list(theirs(n).items()), "holds no tensors by name"),
     "classes1000.pth": (lambda n, d: theirs(network("resnet8", 1000)), "its classifier has 1000 classes, not 10"),
-    "resnet20.pth": (lambda n, d: theirs(network("resnet20")), "does not fit this ResNetCifar .layer1.1.conv1.weight has no place; .* and fits resnet20"),
+    "resnet20.pth": (lambda n, d: theirs(network("resnet20")),
+                     "does not fit this ResNetCifar .layer1.1.conv1.weight has no place; .* and fits resnet20"),
     "whole.pth": (lambda n, d: n, "it holds relkd.models.networks.ResNetCifar beside tensors"),
     "whole_other.pth": (lambda n, d: {"model": Whole()}, "it holds test_teacher.Whole beside tensors"),
     "evil.pth": (lambda n, d: {"model": theirs(n), "x": Evil(d / "EXECUTED")}, "beside tensors, and making that could run code"),
@@ -213,9 +220,12 @@ def test_the_names_of_a_repository_become_ours(whose, name, rename):
 def test_no_name_of_a_repository_is_left_out():
     """Lists written down from their code, so that the functions above are not only our own table read backwards."""
     assert as_repdistiller_vgg("layer3.bn2.weight") == "block2.4.weight" and as_repdistiller_vgg("layer1.conv1.bias") == "block0.0.bias"
-    assert as_repdistiller_mobilenet("layer1.2.conv3.weight") == "blocks.1.1.conv.6.weight" and as_repdistiller_mobilenet("layer4.3.bn1.bias") == "blocks.6.0.conv.1.bias"
-    assert as_repdistiller_mobilenet("bn2.weight") == "conv2.1.weight" and as_repdistiller_shufflenetv2("layer1.0.branch2.5.weight") == "layer1.0.conv5.weight"
-    assert as_repdistiller_shufflenetv2("layer2.3.branch2.4.bias") == "layer2.3.bn2.bias" and as_weiaicunzai("layer1.0.bn2.weight") == "conv2_x.0.residual_function.4.weight"
+    assert (as_repdistiller_mobilenet("layer1.2.conv3.weight") == "blocks.1.1.conv.6.weight"
+            and as_repdistiller_mobilenet("layer4.3.bn1.bias") == "blocks.6.0.conv.1.bias")
+    assert (as_repdistiller_mobilenet("bn2.weight") == "conv2.1.weight"
+            and as_repdistiller_shufflenetv2("layer1.0.branch2.5.weight") == "layer1.0.conv5.weight")
+    assert (as_repdistiller_shufflenetv2("layer2.3.branch2.4.bias") == "layer2.3.bn2.bias"
+            and as_weiaicunzai("layer1.0.bn2.weight") == "conv2_x.0.residual_function.4.weight")
     assert {w for w, *_ in REPOSITORIES} | {"akamaster resnet", "torchvision resnet"} == set(NAMES)
 
 
@@ -264,7 +274,8 @@ def test_shortcuts_without_weights(tmp_path):
 def test_names_that_others_use_for_another_function_are_refused_unless_a_test_decides(tmp_path):
     sd = {k.replace("shortcut", "downsample"): v for k, v in network("resnet18").state_dict().items()}
     torch.save(sd, tmp_path / "resnet18.pt")
-    assert_says(lambda: load_into(create("resnet18", 10), tmp_path / "resnet18.pt"), "fits by its names, but huyvnphan's networks .* max-pool behind the stem")
+    assert_says(lambda: load_into(create("resnet18", 10), tmp_path / "resnet18.pt"),
+                "fits by its names, but huyvnphan's networks .* max-pool behind the stem")
     load_into(create("resnet18", 10), tmp_path / "resnet18.pt", renames="torchvision resnet")
 
 
@@ -363,7 +374,8 @@ def test_a_recipe_with_a_teacher_from_elsewhere(strange, tmp_path):
 
 def test_an_accuracy_that_is_not_the_one_stated(strange, tmp_path):
     path, right = strange
-    assert_says(lambda: run(recipe_with(TeacherFile(path, STRANGE, right - 9)), session(tmp_path / "a")), "stated .as you stated.: name inputs=")
+    assert_says(lambda: run(recipe_with(TeacherFile(path, STRANGE, right - 9)), session(tmp_path / "a")),
+                "stated .as you stated.: name inputs=")
     assert not list((tmp_path / "a").glob("records/**/*.json"))
     with pytest.warns(UserWarning, match=f"{right:.2f} stated .accuracy.: name inputs="):
         run(recipe_with(str(path)), session(tmp_path / "b"))

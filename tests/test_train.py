@@ -41,7 +41,8 @@ def teacher():
 
 # --- schedule
 
-plans = st.builds(lambda e, w, m, c: Schedule(e, 10, .1, milestones=tuple(sorted(m)), warmup=w * e, cosine=c), st.integers(1, 300), st.floats(0, .4), st.lists(st.integers(0, 300), max_size=4), st.booleans())
+plans = st.builds(lambda e, w, m, c: Schedule(e, 10, .1, milestones=tuple(sorted(m)), warmup=w * e, cosine=c),
+                  st.integers(1, 300), st.floats(0, .4), st.lists(st.integers(0, 300), max_size=4), st.booleans())
 
 
 @given(plans, st.integers(1, 300), st.floats(0, 1))
@@ -64,7 +65,8 @@ def test_a_rate_by_hand():
     assert adam.milestones == (2.5, 5., 7.5) and adam.cut_to(4).milestones == (1., 2., 3.) and "Adam 0.001" in str(adam)
 
 
-@pytest.mark.parametrize("optimiser, kind", [("SGD", torch.optim.SGD), ("Adam", torch.optim.Adam), ("AdamW", torch.optim.AdamW), (lambda p, lr: torch.optim.RMSprop(p, lr), torch.optim.RMSprop)])
+@pytest.mark.parametrize("optimiser, kind", [("SGD", torch.optim.SGD), ("Adam", torch.optim.Adam), ("AdamW", torch.optim.AdamW),
+                                             (lambda p, lr: torch.optim.RMSprop(p, lr), torch.optim.RMSprop)])
 def test_an_optimiser_by_name_or_of_ones_own(optimiser, kind):
     made = replace(PLAN, optimiser=optimiser).make(list(nn.Linear(2, 2).parameters()))
     assert type(made) is kind and made.param_groups[0]["lr"] == .05 and str(replace(PLAN, optimiser=optimiser))
@@ -133,12 +135,14 @@ def test_building_changes_neither_modes_nor_the_random_numbers():
 
 def group():
     term = Term(Hint)
-    rows = [PAPER_ROWS[2], Row("two stages", (term,), before=(Stage((term,), 2), Stage((Term(Hint, 3.),), 1))), Row("one before", (), before=(Stage((Term(Hint, 2.),), 1),)), PAPER_ROWS[3]]
+    rows = [PAPER_ROWS[2], Row("two stages", (term,), before=(Stage((term,), 2), Stage((Term(Hint, 3.),), 1))),
+            Row("one before", (), before=(Stage((Term(Hint, 2.),), 1),)), PAPER_ROWS[3]]
     return [Learner(seeded(lambda: Tiny(10, .5), k), r, PLAN, seed=k, task=Classify()) for k, r in enumerate(rows)]
 
 
 def few_shot_group():
-    task, plan = FewShot(shot=1, way=4, query=2, ways=(2,), test_query=3, test_episodes=20), Schedule(2, None, 1e-3, milestones=(1,), gamma=.5, weight_decay=0., optimiser="Adam")
+    task, plan = (FewShot(shot=1, way=4, query=2, ways=(2,), test_query=3, test_episodes=20),
+                  Schedule(2, None, 1e-3, milestones=(1,), gamma=.5, weight_decay=0., optimiser="Adam"))
     rows = [Row("Student"), Row("RKD-DA", (RKD_D, Term("RKDAngle", 50.))), Row("KD", (Term("KD", 1., "logits", "logits"),))]
     return [Learner(seeded(lambda: Tiny(None, .2), k), r, plan, seed=k, task=task) for k, r in enumerate(rows)]
 
@@ -147,7 +151,8 @@ def episodes():
     return Episodes(split_digits(), "train", 4, 1, 2, seed=4, length=3)
 
 
-KINDS = {"classify": (group, stream, 3, lambda: seeded(lambda: Tiny(10), 9)), "few-shot": (few_shot_group, episodes, 2, lambda: seeded(lambda: Tiny(None), 9))}
+KINDS = {"classify": (group, stream, 3, lambda: seeded(lambda: Tiny(10), 9)),
+         "few-shot": (few_shot_group, episodes, 2, lambda: seeded(lambda: Tiny(None), 9))}
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -215,7 +220,8 @@ def test_the_course_of_all_stages(stages, epochs):
     assert [(m.epoch, m.stream) for m in course if m.stage is None] == [(e, e) for e in range(epochs)] and course[-1].stage is None
     for k in range(max(map(len, stages))):
         assert sum(m.stage == k for m in course) == max(of[k] for of in stages if k < len(of))
-    assert len({m.stream for m in course}) == len(course) and [m.stage for m in course if m.stage is not None] == sorted(m.stage for m in course if m.stage is not None)
+    assert (len({m.stream for m in course}) == len(course) and [m.stage for m in course if m.stage is not None]
+            == sorted(m.stage for m in course if m.stage is not None))
 
 
 def test_looking_on_only_now_and_then_and_after_the_last():
@@ -276,7 +282,8 @@ def test_stop_by_budget_and_by_signal():
 
 def test_a_precision_is_what_was_asked_for_and_what_is_used():
     """One session for two recipes: the second must not train in the precision of the first."""
-    assert (chosen_precision("cpu"), chosen_precision("cpu", "bf16"), chosen_precision("cpu", "32-true")) == ("32-true", "bf16-mixed", "32-true")
+    assert ((chosen_precision("cpu"), chosen_precision("cpu", "bf16"), chosen_precision("cpu", "32-true"))
+            == ("32-true", "bf16-mixed", "32-true"))
     session = Session(device="cpu")
     used = []
     for asked in ("bf16", "32", None, "bf16"):
@@ -300,7 +307,8 @@ def test_checkpoints_are_written_at_intervals(tmp_path):
     (lambda: make_fabric("tpu"), "device is 'auto', 'cpu' or 'cuda'; got 'tpu'"),
     (lambda: chosen_precision("cpu", "fp8"), "precision is '32' or 'bf16'; got 'fp8'"),
     (lambda: fit([Learner(Tiny(10), PAPER_ROWS[1], PLAN)], stream(), 1), "row 'RKD-D' compares with a teacher; pass teacher="),
-    (lambda: fit([Learner(Tiny(10), PAPER_ROWS[2], PLAN)], Batches(few_digits(), 2, 0, torch.arange(4)), 1, teacher()), "RKDAngle needs at least 3 samples in a batch; got N = 2"),
+    (lambda: fit([Learner(Tiny(10), PAPER_ROWS[2], PLAN)], Batches(few_digits(), 2, 0, torch.arange(4)), 1, teacher()),
+     "RKDAngle needs at least 3 samples in a batch; got N = 2"),
     (lambda: Learner(Tiny(10), Row("x", (Term("RKD", 1., "layer5"),)), PLAN), "unknown layer of Tiny 'layer5'"),
 ])
 def test_errors_are_one_line(call, message):

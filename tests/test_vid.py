@@ -52,7 +52,8 @@ def test_vid_is_torchdistills(dtype, tolerance):
         for a in loss.alphas:
             a.add_(2 * randn64(len(a), dtype=dtype) - 2)
     regressors, criterion = theirs_of(loss, dtype)
-    run = lambda *s: criterion({str(k): {"output": r(f)} for k, (r, f) in enumerate(zip(regressors, s))}, {str(k): {"output": f} for k, f in enumerate(t)})
+    run = lambda *s: criterion({str(k): {"output": r(f)} for k, (r, f) in enumerate(zip(regressors, s))},
+                               {str(k): {"output": f} for k, f in enumerate(t)})
     assert_same(value_and_gradients(lambda *s: loss(s, t), *s), value_and_gradients(run, *s), tolerance)
     loss(s, t).backward()
     run(*s).backward()
@@ -218,9 +219,11 @@ f4, e2 = torch.rand(4, 3, 2, 2), torch.rand(4, 3)
 
 
 ERRORS = [
-    (lambda: VID(3, 5)(f4, f4), "VID was made for 3 student and 5 teacher channels; got 3 and 3: VID.from_features reads them from an example"),
+    (lambda: VID(3, 5)(f4, f4), "VID was made for 3 student and 5 teacher channels; got 3 and 3: "
+                                "VID.from_features reads them from an example"),
     (lambda: VID(3, 3)([f4, f4], [f4, f4]), r"VID was made for 1 layer\(s\); got 2"),
-    (lambda: VID([3, 3], 3), r"VID needs as many in_channels as out_channels \(and mid_channels\), each at least 1; got \[3, 3\] and 3 \(and None\)"),
+    (lambda: VID([3, 3], 3), r"VID needs as many in_channels as out_channels \(and mid_channels\), each at least 1; "
+                             r"got \[3, 3\] and 3 \(and None\)"),
     (lambda: VID(3, 3, mid_channels=[4, 4]), r"got 3 and 3 \(and \[4, 4\]\)"),
     (lambda: VID(3, 3, mid_channels=0), r"got 3 and 3 \(and 0\)"),
     (lambda: VID([], []), "each at least 1"),

@@ -96,7 +96,8 @@ def test_no_part_is_larger_than_asked_for_and_no_tensor_is_split(tmp_path, part_
 def test_the_room_that_a_part_is_reckoned_with_is_never_too_small():
     g = torch.Generator().manual_seed(0)
     for size in range(200, 3000, 7):
-        tensors = {f"层{'x' * int(n % 40)}.{k}": torch.zeros(int(n), dtype=(torch.half, torch.long, torch.bool)[k % 3]) for k, n in enumerate(torch.randint(0, 12, (40,), generator=g))}
+        tensors = {f"层{'x' * int(n % 40)}.{k}": torch.zeros(int(n), dtype=(torch.half, torch.long, torch.bool)[k % 3])
+                   for k, n in enumerate(torch.randint(0, 12, (40,), generator=g))}
         tensors["scalar"] = torch.tensor(3)
         groups = _groups(tensors, size + 150)
         assert all(len(as_bytes(part)) <= size + 150 for part in groups) and [n for part in groups for n in part] == list(tensors)
@@ -165,7 +166,8 @@ def with_value(value, kind=SMALL):
 
 @pytest.mark.parametrize("value, said", [(70000., "70000"), (-1e9, "-1e+09"), (float("nan"), "nan"), (float("inf"), "inf")])
 def test_a_value_that_float16_cannot_hold(tmp_path, value, said):
-    for call in (lambda: save(with_value(value), NAME, *SMALL, tmp_path), lambda: rounded(with_value(value)), lambda: rounded(with_value(value).double())):
+    for call in (lambda: save(with_value(value), NAME, *SMALL, tmp_path), lambda: rounded(with_value(value)),
+                 lambda: rounded(with_value(value).double())):
         message = one_line(call)
         assert f"tensor 'layer2.0.bn1.running_var' holds {said}; float16 holds finite numbers up to 65504: " in message
     assert not files(tmp_path)
@@ -173,15 +175,19 @@ def test_a_value_that_float16_cannot_hold(tmp_path, value, said):
 
 
 @pytest.mark.parametrize("call, message", [
-    (lambda at: save(create(*SMALL), NAME, *SMALL, at, 9_000), "tensor 'layer3.0.conv2.weight' alone takes 18,5.. bytes, and a tensor is not split; part_size is 9,000: choose a larger one"),
-    (lambda at: save(create(*SMALL), NAME, "resnet8", 10, 1, at), r"do not fit resnet8 with 10 classes and 1 channels \(conv1.weight is \(8, 1, 3, 3\), not \(16, 1, 3, 3\)\): name"),
+    (lambda at: save(create(*SMALL), NAME, *SMALL, at, 9_000),
+     "tensor 'layer3.0.conv2.weight' alone takes 18,5.. bytes, and a tensor is not split; part_size is 9,000: "
+     "choose a larger one"),
+    (lambda at: save(create(*SMALL), NAME, "resnet8", 10, 1, at),
+     r"do not fit resnet8 with 10 classes and 1 channels \(conv1.weight is \(8, 1, 3, 3\), not \(16, 1, 3, 3\)\): name"),
     (lambda at: save(create(*SMALL), NAME, "resnet8x0.5", 11, 1, at), r"fc.weight is \(10, 32\), not \(11, 32\)"),
     (lambda at: save(create(*SMALL), NAME, "resnet14x0.5", 10, 1, at), r"\(layer1.1.conv1.weight is missing\)"),
     (lambda at: save(create("resnet14x0.5", 10, 1), NAME, *SMALL, at), r"\(layer1.1.conv1.weight has no place\)"),
     (lambda at: save(create(*SMALL), NAME, "resnet9", 10, 1, at), "unknown network 'resnet9': did you mean 'resnet8'"),
     (lambda at: save(create(*SMALL), "../x", *SMALL, at), "published under a name like 'cifar100/resnet50'; got '../x'"),
     (lambda at: save(create(*SMALL), "", *SMALL, at), "published under a name like 'cifar100/resnet50'; got ''"),
-    (lambda at: load("digits/resnet50", at), r"no weights are published in .*, 'digits/resnet50' neither: name another folder, or put them there with `relkd publish`"),
+    (lambda at: load("digits/resnet50", at), r"no weights are published in .*, 'digits/resnet50' neither: "
+                                             r"name another folder, or put them there with `relkd publish`"),
 ])
 def test_what_cannot_be_saved(tmp_path, call, message):
     assert re.search(message, one_line(lambda: call(tmp_path)))
@@ -212,15 +218,19 @@ def not_safetensors(at):
     ("digits/resnet8x5", lambda at: None, "unknown published network 'digits/resnet8x5': did you mean 'digits/resnet8x0.5'?"),
     ("zzz", lambda at: None, "unknown published network 'zzz': known are digits/resnet8x0.5"),
     ("../w/" + NAME, lambda at: None, "unknown published network"),
-    (NAME, lambda at: (at / f"{NAME}-1.safetensors").unlink(), "part resnet8x0.5-1.safetensors of digits/resnet8x0.5 is missing: get it again, or publish the network again"),
-    (NAME, lambda at: (at / f"{NAME}-1.safetensors").write_bytes((at / f"{NAME}-1.safetensors").read_bytes()[:-1]), "part resnet8x0.5-1.safetensors of digits/resnet8x0.5 is damaged ("),
+    (NAME, lambda at: (at / f"{NAME}-1.safetensors").unlink(),
+     "part resnet8x0.5-1.safetensors of digits/resnet8x0.5 is missing: get it again, or publish the network again"),
+    (NAME, lambda at: (at / f"{NAME}-1.safetensors").write_bytes((at / f"{NAME}-1.safetensors").read_bytes()[:-1]),
+     "part resnet8x0.5-1.safetensors of digits/resnet8x0.5 is damaged ("),
     (NAME, not_safetensors, "part resnet8x0.5-0.safetensors of digits/resnet8x0.5 is no safetensors file ("),
     (NAME, lambda at: (at / f"{NAME}.json").write_text("{"), "the manifest digits/resnet8x0.5.json is not readable (JSONDecodeError: "),
-    (NAME, lambda at: (at / f"{NAME}.json").write_bytes(b"\xff\xfe{"), "the manifest digits/resnet8x0.5.json is not readable (UnicodeDecodeError: "),
+    (NAME, lambda at: (at / f"{NAME}.json").write_bytes(b"\xff\xfe{"),
+     "the manifest digits/resnet8x0.5.json is not readable (UnicodeDecodeError: "),
     (NAME, lambda at: (at / f"{NAME}.json").write_text("[1]"), "the manifest digits/resnet8x0.5.json is not readable (TypeError: "),
     (NAME, change(parts=[{"name": "x"}]), "is not readable (KeyError: 'bytes')"),
     (NAME, change(network="resnet9"), "unknown network 'resnet9'"),
-    (NAME, change(classes=9), "the weights of digits/resnet8x0.5 do not fit resnet8x0.5 with 9 classes and 1 channels (fc.weight is (10, 32), not (9, 32)): publish the network again"),
+    (NAME, change(classes=9), "the weights of digits/resnet8x0.5 do not fit resnet8x0.5 with 9 classes and 1 channels "
+                              "(fc.weight is (10, 32), not (9, 32)): publish the network again"),
     (NAME, change(parts=[]), "(conv1.weight is missing)"),
 ])
 def test_what_cannot_be_loaded(tmp_path, name, damage, message):
@@ -284,9 +294,11 @@ def test_a_fingerprint_is_of_the_numbers_alone():
     mine = weights_hash(net.state_dict())
     assert re.fullmatch("[0-9a-f]{12}", mine) and mine == weights_hash(dict(reversed(net.state_dict().items())))
     assert mine == weights_hash(net.to(memory_format=torch.channels_last).state_dict()) == weights_hash(dict(net.state_dict()))
-    assert weights_hash({"a": torch.tensor(3), "b": torch.zeros(0), "c": torch.tensor([True])}) == weights_hash({"b": torch.zeros(0), "c": torch.tensor([True]), "a": torch.tensor(3)})
+    assert weights_hash({"a": torch.tensor(3), "b": torch.zeros(0), "c": torch.tensor([True])}) == weights_hash(
+        {"b": torch.zeros(0), "c": torch.tensor([True]), "a": torch.tensor(3)})
     x = torch.arange(6.)
-    others = [{"w": x}, {"v": x}, {"w": x.double()}, {"w": x.bfloat16()}, {"w": x.view(2, 3)}, {"w": x.view(3, 2)}, {"w": torch.nextafter(x, x + 1)}, {}]
+    others = [{"w": x}, {"v": x}, {"w": x.double()}, {"w": x.bfloat16()}, {"w": x.view(2, 3)}, {"w": x.view(3, 2)},
+              {"w": torch.nextafter(x, x + 1)}, {}]
     assert len({weights_hash(o) for o in others}) == len(others)
 
 
@@ -324,7 +336,8 @@ def on_cuda(path, sd):
 CIRCULATING = {
     "bare": lambda p, sd: put(p, sd),
     "state_dict, DataParallel": lambda p, sd: put(p, {"epoch": 3, "state_dict": prefixed("module.", sd), "best_acc": torch.tensor([70.])}),
-    "model, namespace": lambda p, sd: put(p, {"opt": argparse.Namespace(lr=.05, steps=[1, 2]), "model": sd, "accuracy": torch.tensor([79.])}),
+    "model, namespace": lambda p, sd: put(p, {"opt": argparse.Namespace(lr=.05, steps=[1, 2]), "model": sd,
+                                              "accuracy": torch.tensor([79.])}),
     "net, numpy numbers": lambda p, sd: put(p, {"net": sd, "acc": np.float64(95.1), "lr": np.float32(.1)}),
     "model_state_dict": lambda p, sd: put(p, {"model_state_dict": sd, "optimizer_state_dict": {"state": {}}}),
     "state_dict_ema": lambda p, sd: put(p, {"state_dict": {k: v * 0 for k, v in sd.items()}, "state_dict_ema": sd}),
@@ -356,7 +369,8 @@ def test_a_teacher_in_the_forms_that_circulate(tmp_path, kind):
 def test_half_precision_is_read_as_float32(tmp_path, dtype):
     half = cast(dtype, network(*SMALL).state_dict())
     read = read_weights(put(tmp_path / "x", half))
-    assert {t.dtype for t in read.values()} == {torch.float32, torch.int64} and all(read[k].equal(v.to(read[k].dtype)) for k, v in half.items())
+    assert ({t.dtype for t in read.values()} == {torch.float32, torch.int64}
+            and all(read[k].equal(v.to(read[k].dtype)) for k, v in half.items()))
 
 
 def test_a_network_that_is_wrapped_itself_and_one_whose_own_names_begin_like_a_wrapper(tmp_path):
@@ -380,7 +394,8 @@ def test_renamed_layers_one_of_several_networks_and_old_batch_norms(tmp_path):
     assert back.eval()(images()).equal(net.eval()(images())) and back.bn1.num_batches_tracked == 0
     path = put(tmp_path / "y", {k.replace("shortcut", "downsample"): v for k, v in net.state_dict().items()})
     assert load_into(create(*SMALL), path, renames="torchvision resnet").eval()(images()).equal(net.eval()(images()))
-    assert "unknown renames 'torchvision resnets': did you mean 'torchvision resnet'?" in one_line(lambda: load_into(net, path, renames="torchvision resnets"))
+    assert "unknown renames 'torchvision resnets': did you mean 'torchvision resnet'?" in one_line(
+        lambda: load_into(net, path, renames="torchvision resnets"))
 
 
 class Evil:
@@ -414,22 +429,27 @@ def without(what, name):
     (lambda p, sd: p.write_bytes(b""), "t.pth is empty: copy it again"),
     (lambda p, sd: p.write_text("version https://git-lfs.github.com/spec/v1\noid"), "t.pth is a git-lfs pointer: run `git lfs pull`"),
     (lambda p, sd: p.write_text("\n<!DOCTYPE html><html>"), "t.pth is a web page"),
-    (lambda p, sd: p.write_text("hello, this is no such file at all"), "t.pth is not read: it is no whole file of torch.save or safetensors"),
+    (lambda p, sd: p.write_text("hello, this is no such file at all"),
+     "t.pth is not read: it is no whole file of torch.save or safetensors"),
     (cut, "t.pth is not read: it is no whole file"),
     (lambda p, sd: p.write_bytes(as_safetensors(p, sd).read_bytes()[:-9]), "t.pth is not read: it is no whole file"),
     (zipped, "t.pth is not read: it is no whole file .*: unpack it"),
     (scripted, "t.pth is not read: it is TorchScript, code beside the weights: save"),
-    (lambda p, sd: put(p, create(*SMALL)), "t.pth is not read: it holds relkd.models.networks.ResNetCifar beside tensors, and making that could run code"),
+    (lambda p, sd: put(p, create(*SMALL)), "t.pth is not read: it holds relkd.models.networks.ResNetCifar beside "
+                                           "tensors, and making that could run code"),
     (lambda p, sd: put(p, {"model": sd, "x": Evil(p.with_name("executed"))}), "t.pth is not read: it holds .* beside tensors"),
     (lambda p, sd: put(p, list(sd.items())), "t.pth holds no tensors by name: save net.state_dict"),
     (lambda p, sd: put(p, {"epoch": 3, "args": {}}), "t.pth holds no tensors by name"),
     (lambda p, sd: put(p, {"model": sd, "net": sd}), "t.pth holds weights as 'model' and as 'net': save the ones that are meant alone"),
     (lambda p, sd: put(p, sd | {"fc.bias": torch.full((10,), float("nan"))}), "t.pth is of a network that diverged: fc.bias holds nan"),
-    (lambda p, sd: put(p, without(sd, "bn1.bias")), "t.pth does not fit this ResNetCifar .bn1.bias is missing; the file begins with 'conv1.weight'"),
+    (lambda p, sd: put(p, without(sd, "bn1.bias")), "t.pth does not fit this ResNetCifar .bn1.bias is missing; "
+                                                    "the file begins with 'conv1.weight'"),
     (lambda p, sd: put(p, sd | {"more": torch.zeros(1)}), "t.pth does not fit this ResNetCifar .more has no place"),
     (lambda p, sd: put(p, sd | {"fc.bias": torch.zeros(1000)}), r"t.pth does not fit this ResNetCifar .fc.bias is \(1000,\), not \(10,\)"),
-    (lambda p, sd: put(p, sd | {"bn1.num_batches_tracked": torch.tensor(1.5)}), "bn1.num_batches_tracked is torch.float32, not torch.int64"),
-    (lambda p, sd: put(p, prefixed("a.", sd) | prefixed("b.", sd)), "t.pth holds several networks that fit, behind 'a.' and 'b.': name prefix="),
+    (lambda p, sd: put(p, sd | {"bn1.num_batches_tracked": torch.tensor(1.5)}),
+     "bn1.num_batches_tracked is torch.float32, not torch.int64"),
+    (lambda p, sd: put(p, prefixed("a.", sd) | prefixed("b.", sd)),
+     "t.pth holds several networks that fit, behind 'a.' and 'b.': name prefix="),
 ])
 def test_a_file_that_is_no_teacher_changes_nothing(tmp_path, make, message):
     path, net = tmp_path / "t.pth", create(*SMALL)

@@ -104,6 +104,7 @@ def _read_cars(root, name, **options):
     return _cars(name, path.parent, _matlab(path, 'annotations', 'relative_im_path', 'class'),
                  _matlab(path, 'class_names'), **options)
 
+# %% ../../nbs/data/16_photos.ipynb #63375c61
 _NAMES = 'devkit/cars_meta.mat'
 _DEVKIT = {'cars_train': 'devkit/cars_train_annos.mat', 'cars_test': 'cars_test_annos_withlabels.mat'}
 
@@ -114,6 +115,7 @@ def _read_devkit(root, name, **options):
         pairs += [(f'{part}/{file}', c) for file, c in _matlab(folder / path, 'annotations', 'fname', 'class')]
     return _cars(name, folder, pairs, _matlab(folder / _NAMES, 'class_names'), **options)
 
+# %% ../../nbs/data/16_photos.ipynb #4e2767c7
 def _read_car_folders(root, name, **options):
     "Cars196 as `train/CLASS/*.jpg` and `test/CLASS/*.jpg`."
     folder = root / 'cars196'

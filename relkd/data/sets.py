@@ -39,17 +39,6 @@ def channel_statistics(
     return tuple((v / 255).float()[:, None, None] for v in (total / count, std))
 
 # %% ../../nbs/data/00_sets.ipynb #2587254e
-def _chosen(data, name): # what picks a split's samples from the images
-    if name not in data.splits:
-        raise ValueError(nearest(f'split of {data.name}', name, data.splits))
-    part = data.splits[name]
-    if isinstance(part, range):
-        return slice(part.start, part.stop)
-    chosen = torch.isin(data.labels, torch.tensor(part, device=data.labels.device))
-    places = chosen.nonzero()[:, 0]
-    together = len(places) and int(places[-1] - places[0]) == len(places) - 1
-    return slice(int(places[0]), int(places[-1]) + 1) if together else chosen
-
 @dataclass(frozen=True, eq=False, repr=False)
 class _Divided:
     "Images, labels and what divides them."
@@ -81,6 +70,18 @@ class _Divided:
         "The set with a split of one's own. Raises ValueError for an unknown class, or one in two splits."
         return replace(self, splits=class_numbers(splits, self.classes, self.name))
 
+# %% ../../nbs/data/00_sets.ipynb #5a814406
+def _chosen(data, name): # what picks a split's samples from the images
+    if name not in data.splits:
+        raise ValueError(nearest(f'split of {data.name}', name, data.splits))
+    part = data.splits[name]
+    if isinstance(part, range):
+        return slice(part.start, part.stop)
+    chosen = torch.isin(data.labels, torch.tensor(part, device=data.labels.device))
+    places = chosen.nonzero()[:, 0]
+    together = len(places) and int(places[-1] - places[0]) == len(places) - 1
+    return slice(int(places[0]), int(places[-1]) + 1) if together else chosen
+
 # %% ../../nbs/data/00_sets.ipynb #fe6d7b14
 def _fingerprint(data):
     if data.by_class:
@@ -93,9 +94,9 @@ def _fingerprint(data):
         h.update(tensor.cpu().contiguous().view(-1).numpy())
     return h.hexdigest()
 
-# %% ../../nbs/data/00_sets.ipynb #9de022bb
-class Dataset(_Divided):
-    "A data set, in memory or mapped from a file, and its split. Raises ValueError for a split that cannot be."
+# %% ../../nbs/data/00_sets.ipynb #321cdf02
+class _Read(_Divided):
+    "The training and the test samples, and images as a network reads them."
     @property
     def channels(self) -> int: return self.images.shape[1]
     @property
@@ -106,10 +107,6 @@ class Dataset(_Divided):
     def test_images(self) -> torch.Tensor: return self.images[_chosen(self, 'test')]
     @property
     def test_labels(self) -> torch.Tensor: return self.labels[_chosen(self, 'test')]
-
-    @property
-    def counts(self) -> dict: # split -> number of images
-        return {s: len(self.labels[_chosen(self, s)]) for s in self.splits}
 
     @cached_property
     def mean_std(self) -> tuple: # two tensors (C, 1, 1), in units of 0..1
@@ -131,6 +128,13 @@ class Dataset(_Divided):
         images = images.to(self.labels.device) if self.on_host else images
         mean, std = (m.to(images.device) for m in self.mean_std)
         return (images.float() / 255 - mean) / std
+
+# %% ../../nbs/data/00_sets.ipynb #9de022bb
+class Dataset(_Read):
+    "A data set, in memory or mapped from a file, and its split. Raises ValueError for a split that cannot be."
+    @property
+    def counts(self) -> dict: # split -> number of images
+        return {s: len(self.labels[_chosen(self, s)]) for s in self.splits}
 
     @cached_property
     def fingerprint(self) -> str: # 64 hexadecimal digits

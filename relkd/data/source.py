@@ -22,6 +22,28 @@ def data_root(
     "The folder below which data sets are looked for."
     return Path(root or os.environ.get('RELKD_DATA') or '.data')
 
+# %% ../../nbs/data/06_source.ipynb #a4e72ffb
+def _check_options(source, options):
+    known = (*source.options, *(['split'] if source.splits else []))
+    for k in options:
+        if k not in known:
+            has = f"has {', '.join(known)}" if known else 'has none'
+            raise ValueError(f"data set {source.name!r} has no option {k!r}: it {has}")
+    if 'split' in options and options['split'] not in source.splits:
+        raise ValueError(nearest(f'split of {source.name}', str(options['split']), source.splits))
+
+def _lacking(source, root): # the error's text
+    begun = [p[1] for p in source.places if any((root / f).exists() for f in p[1])]
+    lacks = [f for files in begun for f in files if not (root / f).exists()]
+    missing = f" ({', '.join(lacks[:4])} missing)" if lacks else _found(source, root)
+    places = ' and '.join(p[0] for p in source.places)
+    return f"data set {source.name!r} is not in {root}: looked for {places}{missing}; {source.how} (RELKD_DATA names another folder)"
+
+def _found(source, root): # what lies in a folder of the right name, if nothing that is looked for does
+    folders = dict.fromkeys(root / f.split('/')[0] for p in source.places for f in p[1] if '/' in f)
+    held = {d.name: sorted(p.name for p in d.iterdir())[:6] for d in folders if d.is_dir()}
+    return ''.join(f" ({name} holds {', '.join(names) or 'nothing'})" for name, names in held.items())
+
 # %% ../../nbs/data/06_source.ipynb #8ac76bc1
 @dataclass(frozen=True)
 class Source:
@@ -44,25 +66,10 @@ class Source:
         **options  # of those in `self.options`, and split, of those in `self.splits`
     ) -> tuple: # of places
         "The place that would be read. Raises ValueError if there is none, and for an option that it has not."
-        root, known = data_root(root), (*self.options, *(['split'] if self.splits else []))
-        for k in options:
-            if k not in known:
-                has = f"has {', '.join(known)}" if known else 'has none'
-                raise ValueError(f"data set {self.name!r} has no option {k!r}: it {has}")
-        if 'split' in options and options['split'] not in self.splits:
-            raise ValueError(nearest(f'split of {self.name}', str(options['split']), self.splits))
+        root = data_root(root)
+        _check_options(self, options)
         if found := self.place(root): return found
-        begun = [p[1] for p in self.places if any((root / f).exists() for f in p[1])]
-        lacks = [f for files in begun for f in files if not (root / f).exists()]
-        missing = f" ({', '.join(lacks[:4])} missing)" if lacks else self._found(root)
-        places = ' and '.join(p[0] for p in self.places)
-        raise ValueError(f"data set {self.name!r} is not in {root}: looked for {places}{missing}; "
-                         f"{self.how} (RELKD_DATA names another folder)")
-
-    def _found(self, root): # what lies in a folder of the right name, if nothing that is looked for does
-        folders = dict.fromkeys(root / f.split('/')[0] for p in self.places for f in p[1] if '/' in f)
-        held = {d.name: sorted(p.name for p in d.iterdir())[:6] for d in folders if d.is_dir()}
-        return ''.join(f" ({name} holds {', '.join(names) or 'nothing'})" for name, names in held.items())
+        raise ValueError(_lacking(self, root))
 
     def __call__(self,
         root=None, # as data_root takes it

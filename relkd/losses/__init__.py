@@ -23,4 +23,5 @@ from .rkd import RKD, RKDAngle, RKDDistance
 from .sp import SP
 from .vid import VID
 
-_all_ = ['AB', 'AT', 'CC', 'CRD', 'FSP', 'FT', 'FTShortcut', 'FitNet', 'KD', 'NST', 'OFD', 'PKT', 'RKD', 'RKDAngle', 'RKDDistance', 'SP', 'VID']
+_all_ = ['AB', 'AT', 'CC', 'CRD', 'FSP', 'FT', 'FTShortcut', 'FitNet', 'KD', 'NST', 'OFD', 'PKT', 'RKD', 'RKDAngle',
+         'RKDDistance', 'SP', 'VID']

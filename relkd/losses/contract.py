@@ -18,7 +18,7 @@ from ..ground import nearest
 from .state import Remembering
 from ..relations import as_points, full_precision
 
-# %% ../../nbs/losses/00_contract.ipynb #d8bc1c0e
+# %% ../../nbs/losses/00_contract.ipynb #cb969cf7
 def beside(
     example, # a tensor, or a list of them
     make,    # a function without arguments, which makes a loss
@@ -30,6 +30,7 @@ def beside(
         there = isinstance(made, nn.Module) and isinstance(first, torch.Tensor)
         return made.to(first.device) if there else made
 
+# %% ../../nbs/losses/00_contract.ipynb #d8bc1c0e
 class _Defaults(_Loss):
     "What a loss may also have to say, and what is done if it says nothing."
     part_name = None
@@ -172,6 +173,7 @@ def as_map_pairs(
                          f"got {ns} of the student and {nt} of the teacher")
     return [_as_map_pair(s, t, loss, positions) for s, t in zip(*layers)]
 
+# %% ../../nbs/losses/00_contract.ipynb #ccd8d5d6
 def _as_map_pair(s, t, loss, positions):
     if s.dim() != t.dim() or s.shape[0] != t.shape[0] or 0 in s.shape + t.shape:
         raise ValueError(f"{loss} needs student and teacher maps of the same samples, none empty; "

@@ -80,7 +80,8 @@ def _checked(in_features, out_features, samples, feat_dim, negatives, T, momentu
     "`classes` as a tensor, or None. Raises ValueError for options of CRD that cannot be."
     if min(in_features, out_features, negatives) < 1 or min(feat_dim, samples) < 2:
         raise ValueError("CRD needs in_features, out_features and negatives of at least 1, feat_dim and samples of at "
-                         f"least 2, in this order: in, out, feat_dim, negatives, samples; got {in_features}, {out_features}, {feat_dim}, {negatives} and {samples}")
+                         "least 2, in this order: in, out, feat_dim, negatives, samples; "
+                         f"got {in_features}, {out_features}, {feat_dim}, {negatives} and {samples}")
     if not (all(map(finite, (T, momentum, eps))) and T > 0 and 0 <= momentum < 1 and eps >= 0):
         raise ValueError("CRD needs T above 0, momentum from 0 to below 1 and eps of at least 0; "
                          f"got {T}, {momentum} and {eps}")
@@ -92,10 +93,8 @@ def _checked(in_features, out_features, samples, feat_dim, negatives, T, momentu
     return classes
 
 # %% ../../nbs/losses/12_crd.ipynb #13d84b15
-class _Memories(Remembering, DistillationLoss):
+class _Kept(Remembering, DistillationLoss):
     "Two embedding layers, and what each of them gave for every training sample."
-    _before = None    # what the last batch replaced
-
     def __init__(self,
         in_features:int,      # D_S
         out_features:int,     # D_T
@@ -115,6 +114,14 @@ class _Memories(Remembering, DistillationLoss):
             self.register_buffer(name, torch.empty(samples, feat_dim).uniform_(-1, 1) * math.sqrt(3 / feat_dim))
         self.register_buffer('log_Z', torch.full((2,), float('inf')))    # until the first training step
         self.other_classes = None if classes is None else _OtherClasses(classes)
+
+    def extra_repr(self):
+        return f'samples={self.samples}, negatives={self.negatives}, T={self.T:g}, momentum={self.momentum:g}'
+
+# %% ../../nbs/losses/12_crd.ipynb #3bd4bc7e
+class _Memories(_Kept):
+    "The memories as training steps leave them."
+    _before = None    # what the last batch replaced
 
     @torch.no_grad()
     def _remember(self, index, s, t, log_Z):
@@ -136,9 +143,6 @@ class _Memories(Remembering, DistillationLoss):
         if self._before is None or not torch.equal(index, self._before[0]): return known
         _, index, rows, log_Z = self._before
         return *(memory.index_copy(0, index, row) for memory, row in zip(known, rows)), log_Z
-
-    def extra_repr(self):
-        return f'samples={self.samples}, negatives={self.negatives}, T={self.T:g}, momentum={self.momentum:g}'
 
 # %% ../../nbs/losses/12_crd.ipynb #4967e058
 def _rows(loss, index, negatives):
@@ -174,6 +178,16 @@ def _halves(loss, known, s, t, chosen):
     total = known_gradient(s, of_s, to_s, 'CRD', instead) + known_gradient(t, of_t, to_t, 'CRD', instead)
     return total, torch.stack([z_s, z_t])
 
+# %% ../../nbs/losses/12_crd.ipynb #b8c4bcb8
+def _which(labels, samples, classes):
+    "How many training samples are remembered, and their classes or None."
+    if samples is None and labels is None:
+        raise ValueError("CRD needs samples=, how many training samples there are, or their labels=: "
+                         "it remembers each of them")
+    if classes is True and labels is None:
+        raise ValueError("CRD needs labels= for classes=True: they are the classes")
+    return len(labels) if samples is None else samples, labels if classes is True else classes
+
 # %% ../../nbs/losses/12_crd.ipynb #95d90be5
 class CRD(_Memories):
     """Logistic loss of telling the pair of the same image from pairs with remembered other images.
@@ -188,14 +202,8 @@ class CRD(_Memories):
         **options,        # of the constructor
     ) -> 'CRD':
         "The loss for layers of these shapes. Raises ValueError as the loss itself does."
-        if samples is None and labels is None:
-            raise ValueError("CRD needs samples=, how many training samples there are, or their labels=: "
-                             "it remembers each of them")
-        if classes is True and labels is None:
-            raise ValueError("CRD needs labels= for classes=True: they are the classes")
+        samples, classes = _which(labels, samples, classes)
         s, t = as_pair(student, teacher, 1, 'CRD')
-        if samples is None: samples = len(labels)
-        classes = labels if classes is True else classes
         return beside(student, lambda: cls(s.shape[1], t.shape[1], samples, classes=classes, **options))
 
     def forward(self,

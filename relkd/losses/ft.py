@@ -92,6 +92,18 @@ def _channels(in_channels, out_channels, rate):
                          f"got rate = {rate} of {out_channels} channels")
     return sizes
 
+# %% ../../nbs/losses/09_ft.ipynb #5bb5a26e
+def _check_layer(translator, paraphraser, s, t, rate):
+    "Raise ValueError for a layer that FT was not made for, or whose factor is one number."
+    r, p = translator, paraphraser
+    made, given = (r[0].in_channels, p.encoder[0].in_channels), (s.shape[1], t.shape[1])
+    if made != given:
+        raise ValueError(f"FT was made for {made[0]} student and {made[1]} teacher channels; "
+                         f"got {given[0]} and {given[1]}: FT.from_features reads them from an example")
+    if round(rate * made[1]) * s.shape[2] * s.shape[3] < 2:
+        raise ValueError("FT compares directions of factors, and a factor of one number has none; got maps of 1 x 1 "
+                         f"and rate = {rate:g}: take a layer before the pooling, or a larger rate")
+
 # %% ../../nbs/losses/09_ft.ipynb #f96188a1
 class _Networks(DistillationLoss):
     "A paraphraser and a translator for each layer."
@@ -122,13 +134,7 @@ class _Networks(DistillationLoss):
         if len(pairs) != len(self.translators):
             raise ValueError(f"FT was made for {len(self.translators)} layer(s); got {len(pairs)}")
         for r, p, (s, t) in zip(self.translators, self.paraphrasers, pairs):
-            made, given = (r[0].in_channels, p.encoder[0].in_channels), (s.shape[1], t.shape[1])
-            if made != given:
-                raise ValueError(f"FT was made for {made[0]} student and {made[1]} teacher channels; "
-                                 f"got {given[0]} and {given[1]}: FT.from_features reads them from an example")
-            if round(self.rate * made[1]) * s.shape[2] * s.shape[3] < 2:
-                raise ValueError("FT compares directions of factors, and a factor of one number has none; got maps of 1 x 1 "
-                                 f"and rate = {self.rate:g}: take a layer before the pooling, or a larger rate")
+            _check_layer(r, p, s, t, self.rate)
         return pairs
 
     def extra_repr(self):

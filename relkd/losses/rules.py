@@ -120,7 +120,8 @@ def checkpointed(asked):
     "In a checkpoint, reentrant or not: value, gradients and state are the same."
     def through(reentrant):
         def run(loss, s, t):
-            return checkpoint(lambda *x: loss(given(list(x[:len(s)])), given(list(x[len(s):])), **asked.more), *s, *t, use_reentrant=reentrant)
+            return checkpoint(lambda *x: loss(given(list(x[:len(s)])), given(list(x[len(s):])), **asked.more), *s, *t,
+                              use_reentrant=reentrant)
         return run
     found = []
     for way in (None, through(False), through(True)):
@@ -151,6 +152,7 @@ def without_float64(asked):
         narrow = step(asked)
     return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item()) for a, b in zip(narrow, step(asked)))
 
+# %% ../../nbs/losses/23_rules.ipynb #164dcc74
 def deterministic(asked):
     "No adaptive pooling in the backward pass of maps whose sizes divide."
     names, n = set(), len(asked.student)
@@ -160,6 +162,7 @@ def deterministic(asked):
         step(asked, student=sized(asked.student, 4), teacher=sized(asked.teacher, 2))
     return not any('adaptive' in n and 'backward' in n for n in names)
 
+# %% ../../nbs/losses/23_rules.ipynb #ad08349c
 def beside_the_example(asked):
     "Parameters and buffers from an example on another device are there."
     kind = type(asked.make())

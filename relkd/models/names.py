@@ -186,6 +186,7 @@ def fitted(
     raise ValueError(f"{found.path} does not fit this {type(net).__name__} ({_wrong(near, due, found)}): "
                      "create the network it was trained in, or name prefix= or renames=")
 
+# %% ../../nbs/lab/01_names.ipynb #cd343bfa
 def fill(
     net:nn.Module, # may be wrapped
     fit:Fit,

@@ -133,7 +133,7 @@ metric_cub_gen2 = self_distilled(
     quoted={('RKD-DA', 'Recall@1'): 65.11},
 )
 
-# %% ../../nbs/tables/05_metric_learning.ipynb #bbc6e637
+# %% ../../nbs/tables/05_metric_learning.ipynb #822e5c59
 FROM_SCRATCH = Schedule(
     epochs=3,
     batch_size=120,
@@ -144,6 +144,7 @@ FROM_SCRATCH = Schedule(
     optimiser='Adam',
 )
 
+# %% ../../nbs/tables/05_metric_learning.ipynb #bbc6e637
 metric_cifar100 = Recipe(
     name='metric/cifar100',
     title='Retrieval on CIFAR-100: 50 classes to learn from, 50 others to be found',

@@ -123,8 +123,8 @@ def _groups(recipe):
     return [Group(t, s, 0 if r.together else s[0], label(k, t)) for k, (t, s) in enumerate(found)]
 
 # %% ../../nbs/lab/31_experiment.ipynb #5c308ef9
-class Experiment(_Bound):
-    "A recipe with its data on a device. Raises ValueError before anything is trained if the two do not fit."
+class _Decided(_Bound):
+    "What decides each result."
     def protocol(self,
         row:Row,
         task:Task,
@@ -148,6 +148,9 @@ class Experiment(_Bound):
         "Everything that decides the teacher of a group."
         return self.protocol(Row('Teacher'), task.for_teacher(), stream, stream, teacher=True)
 
+# %% ../../nbs/lab/31_experiment.ipynb #17b2280f
+class Experiment(_Decided):
+    "A recipe with its data on a device. Raises ValueError before anything is trained if the two do not fit."
     def groups(self) -> list: # of Group
         "Cells that are trained side by side, in the order in which they are."
         return _groups(self.recipe)

@@ -127,10 +127,10 @@ def _summary(trial, right):
     return {'accuracy': round(mean, 4), 'interval': round(half, 4), 'queries': trial.way * trial.query,
             'episodes': trial.episodes, 'hits': ' '.join(map(str, right.tolist()))}
 
-# %% ../../nbs/tasks/02_fewshot.ipynb #f90732a5
+# %% ../../nbs/tasks/02_fewshot.ipynb #f1735d8e
 @dataclass(frozen=True)
-class FewShot(Task):
-    "Prototypical networks: episodes of the training classes, tested on episodes of unknown ones (Snell et al. 2017)."
+class _Protocol(Task):
+    "The episodes of training and of the tests."
     shot:int=1
     way:int=60                # of the training episodes
     query:int=5               # of each class, in training
@@ -152,6 +152,9 @@ class FewShot(Task):
     def trials(self) -> list: # of Trial, one a way
         return [Trial(w, self.shot, self.test_query, self.test_episodes) for w in self.ways]
 
+# %% ../../nbs/tasks/02_fewshot.ipynb #f90732a5
+class FewShot(_Protocol):
+    "Prototypical networks: episodes of the training classes, tested on episodes of unknown ones (Snell et al. 2017)."
     def outputs(self, data) -> int:
         "An embedding as wide as the network gives it."
         return None

@@ -136,6 +136,9 @@ class _Protocol(Task):
     crop:int=0               # in the test: the centre of each image, so many pixels wide; 0 for all of it
     look:bool=False          # is Recall@1 taken while it learns? On the test images: nothing is chosen by it
 
+# %% ../../nbs/tasks/04_retrieval.ipynb #f3d0f0cb
+class _Choices(_Protocol):
+    "What follows from what was chosen."
     @property
     def of_a_row(self) -> tuple: return 'size', 'l2'
 
@@ -145,7 +148,7 @@ class _Protocol(Task):
     @property
     def loss_name(self) -> str: return self.metric
 
-    def for_teacher(self) -> '_Protocol':
+    def for_teacher(self) -> '_Choices':
         "Its own width, on the sphere or not as the teacher's fields say."
         return replace(self, size=self.teacher_size, l2=self.teacher_l2, length=self.teacher_length or self.length,
                        metric=self.teacher_metric or self.metric)
@@ -159,6 +162,10 @@ class _Protocol(Task):
         if self.metric == 'triplet':
             return lambda z, labels: triplet_loss(z, labels, self.margin, self.images)
         return metric_loss(self.metric, self.metric_options, self.miner, self.miner_options)
+
+    def loss(self, read:torch.Tensor, labels:torch.Tensor) -> torch.Tensor:
+        "The loss named by `metric`."
+        return self.own_loss()(read, labels)
 
 # %% ../../nbs/tasks/04_retrieval.ipynb #7a467535
 def _check_numbers(task):
@@ -184,7 +191,7 @@ def _check_classes(task, data):
         raise ValueError(f"no test class of {data.name} has two images: there is nothing to retrieve")
 
 # %% ../../nbs/tasks/04_retrieval.ipynb #bdb1eb52
-class Retrieval(_Protocol):
+class Retrieval(_Choices):
     "An embedding learned from some classes and tested on others by Recall@K (Park et al. 2019, Sec. 4.1)."
     def check(self, data):
         "Raise ValueError now, not after the training, if this cannot be learned or tested on these data."
@@ -203,10 +210,6 @@ class Retrieval(_Protocol):
     def read(self, output:torch.Tensor) -> torch.Tensor:
         "The embedding, on the sphere if `l2`."
         return on_sphere(output.float()) if self.l2 else output
-
-    def loss(self, read:torch.Tensor, labels:torch.Tensor) -> torch.Tensor:
-        "The loss named by `metric`."
-        return self.own_loss()(read, labels)
 
     def embeddings(self, model:nn.Module, data) -> tuple: # (n, size) and labels (n,)
         "All test images, in evaluation mode, as they are compared."

@@ -12,11 +12,9 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-# %% ../../nbs/tasks/00_task.ipynb #faa95794
-@dataclass(frozen=True)
-class Task:
-    "What is learned and how it is tested: the contract of all tasks. A task's fields are its protocol and stand in each record."
-
+# %% ../../nbs/tasks/00_task.ipynb #cf00ec23
+class _Asked:
+    "What a task answers before anything is trained."
     @property
     def of_a_row(self) -> tuple: # of names
         "The fields that a row may change for itself: those that decide its network and how it is read, not what is drawn."
@@ -45,6 +43,10 @@ class Task:
     def check(self, data):
         "Raise ValueError now, not after the training, if this cannot be learned or tested on these data."
 
+# %% ../../nbs/tasks/00_task.ipynb #faa95794
+@dataclass(frozen=True)
+class Task(_Asked):
+    "What is learned and how it is tested: the contract of all tasks. A task's fields are its protocol and stand in each record."
     def stream(self,
         data,          # on the device that trains
         schedule,      # its batch_size

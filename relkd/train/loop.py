@@ -63,9 +63,9 @@ class _Looking:
         "The teacher's look at a batch."
         return Look(gathered(self.fabric, self._features(x)), self.task)
 
-# %% ../../nbs/lab/14_fit.ipynb #ea5c7764
-class Together(_Looking):
-    "Learners side by side with their teacher, built and ready to step. Raises ValueError without a teacher that a row needs."
+# %% ../../nbs/lab/14_fit.ipynb #c3b73bc8
+class _Ready(_Looking):
+    "Learners that know their shapes and their share of the work. Raises ValueError without a teacher that a row needs."
     def __init__(self,
         learners:list,          # of Learner
         stream,                 # a relkd.data.Stream
@@ -83,6 +83,9 @@ class Together(_Looking):
             l.build(example, Look(features), stream.labels)
             l.split(fabric.global_rank, fabric.world_size)
 
+# %% ../../nbs/lab/14_fit.ipynb #ea5c7764
+class Together(_Ready):
+    "Learners side by side with their teacher, built and ready to step. Raises ValueError without a teacher that a row needs."
     @contextmanager
     def under_way(self):
         "Inside, the students learn and the teacher is in evaluation; afterwards every layer's mode is as before."

@@ -32,10 +32,10 @@ def _in_words(schedule):
     batch = f', batch {s.batch_size}' if s.batch_size else ''
     return f'{s.epochs} epochs{batch}, {name} {s.lr:g} ({more}decay {s.weight_decay:g}), {course}'
 
-# %% ../../nbs/lab/10_schedule.ipynb #f0ab1ad3
+# %% ../../nbs/lab/10_schedule.ipynb #a8995ad1
 @dataclass(frozen=True)
-class Schedule:
-    "The optimiser and the course of its learning rate. Raises ValueError for an unknown optimiser, or fewer than 1 epoch."
+class _Course:
+    "What a protocol says, and the learning rate at any moment."
     epochs:int=200
     batch_size:int=128               # samples a step; an episode or a class-balanced batch has its own
     lr:float=.1
@@ -65,6 +65,9 @@ class Schedule:
             return self.lr * (1 + math.cos(math.pi * (epoch - self.warmup) / (self.epochs - self.warmup))) / 2
         return self.lr * self.gamma ** sum(epoch >= m for m in self.milestones)
 
+# %% ../../nbs/lab/10_schedule.ipynb #f0ab1ad3
+class Schedule(_Course):
+    "The optimiser and the course of its learning rate. Raises ValueError for an unknown optimiser, or fewer than 1 epoch."
     def make(self,
         parameters:list, # that are trained
     ) -> torch.optim.Optimizer:
