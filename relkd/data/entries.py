@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import zipfile
 from collections import Counter
 from pathlib import Path
 
@@ -35,6 +36,9 @@ class Entries:
         if self.path.is_dir(): found = _of_folder(self.path)
         else:
             self._zip = open_zip(self.path)
+            if any(i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for i in self._zip.infolist()):
+                raise ValueError(f"{path} is packed in a way that Python does not read (Deflate64, as Windows packs what is "
+                                 "above 2 GB): unpack it, the folder is read as well")
             found = {e.replace('\\', '/'): e for e in self._zip.namelist() if not e.endswith(('/', '\\'))}
         self._files = {n: f for n, f in found.items() if not is_litter(n) and '..' not in n.split('/')}
         self.names = sorted(self._files)
@@ -79,7 +83,7 @@ def _stamp(path): # what is kept of a file or folder
         with path.open('rb') as f:                 # a zip's list of entries, with the CRC of each, stands at its end
             f.seek(-min(size, SMALL), os.SEEK_END)
             return {'bytes': size, 'end': hashlib.sha256(f.read()).hexdigest()}
-    sizes = [os.stat(f).st_size for n, f in _of_folder(path).items() if not is_litter(n)]
+    sizes = [os.stat(f).st_size for n, f in _of_folder(path).items() if not is_litter(n) and not n.startswith('arrays')]
     return {'files': len(sizes), 'bytes': sum(sizes)}
 
 def stamp(
