@@ -86,18 +86,19 @@ def check_labels(
     trained, tested = set(first.tolist()), {n for y in others for n in y.tolist()}
     there, path = sorted(trained | tested), next(iter(parts))
     if not named and there and there != list(range(len(there))):
-        raise ValueError(f"{path} and its like hold {len(there)} labels from {there[0]} to {there[-1]}, and must hold 0 to {len(there) - 1}: "
-                         "np.save np.searchsorted(np.unique(y_train), y), or write classes.txt, one name a line from 0 on")
+        raise ValueError(f"{path} and its like hold {len(there)} labels from {there[0]} to {there[-1]}, and must hold "
+                         f"0 to {len(there) - 1}: np.save np.searchsorted(np.unique(y_train), y), or write classes.txt, "
+                         "one name a line from 0 on")
     if lost := sorted(tested - trained):
-        warnings.warn(f"{path} holds no image of class {lost[0]}, which is tested{f' ({len(lost)} such classes)' if len(lost) > 1 else ''}: "
-                      "nothing can learn it", stacklevel=3)
+        more = f' ({len(lost)} such classes)' if len(lost) > 1 else ''
+        warnings.warn(f"{path} holds no image of class {lost[0]}, which is tested{more}: nothing can learn it", stacklevel=3)
 
 # %% ../../nbs/data/05_arrays.ipynb #74930470
 def read_csv(
     path,
     columns, # that there must be
 ) -> list: # of dicts, one a row
-    "The rows of a CSV file, separated by commas, semicolons or tabs. Raises ValueError if it cannot be read or a column is missing."
+    "The rows of a CSV file (commas, semicolons or tabs). Raises ValueError if it cannot be read or a column is missing."
     try: text = text_of(Path(path).read_bytes(), path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}): make it again") from error
@@ -107,7 +108,8 @@ def read_csv(
     except csv.Error as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}): make it again") from error
     if not rows or any(r.get(c) is None for r in rows for c in columns):
-        raise ValueError(f"{path} must have rows with the columns {', '.join(columns)}; its first line is {head.strip()[:60]!r}")
+        raise ValueError(f"{path} must have rows with the columns {', '.join(columns)}; "
+                         f"its first line is {head.strip()[:60]!r}")
     return rows
 
 def write_csv(path, columns, rows):
@@ -133,7 +135,7 @@ def whole_folder(
                 raise                                   # else another process made it meanwhile
     except OSError as error:
         raise ValueError(f"cannot write {folder} ({error.strerror or error}): make room or remove what is there, "
-                         "or name another folder by RELKD_DATA") from error
+                         "or name another folder for it by RELKD_CACHE, or for all data by RELKD_DATA") from error
     finally:
         if part: shutil.rmtree(part, ignore_errors=True)
 
@@ -170,21 +172,22 @@ def read_plain(
     name:str,
     due:tuple=None, # names of the classes, if they must be these
 ) -> Dataset:
-    "`NAME/{train,test}_{images,labels}.npy` and, if it is there, classes.txt. Raises ValueError naming a wrong file."
+    "`NAME/{train,test}_{images,labels}.npy` and, if they are there, val_ and classes.txt. Raises ValueError naming a wrong file."
     folder = Path(root) / name
-    x, z = (image_array(folder / f'{part}_images.npy') for part in ('train', 'test'))
-    if x.shape[1:] != z.shape[1:]:
+    splits = ('train', *(['val'] if (folder / 'val_images.npy').exists() else []), 'test')
+    images = {s: image_array(folder / f'{s}_images.npy') for s in splits}
+    if len(shapes := list(dict.fromkeys(x.shape[1:] for x in images.values()))) > 1:
         raise ValueError(f"training and test images of {folder} must have one shape; "
-                         f"got {x.shape[1:]} and {z.shape[1:]}")
+                         f"got {shapes[0]} and {shapes[1]}")
     classes = listed_classes(folder / 'classes.txt')
     if due:
         classes = due if classes is None else check_order(name, classes, due, folder / 'classes.txt')
     n = None if classes is None else len(classes)
-    y, v = (label_array(folder / f'{part}_labels.npy', images, n) for part, images in (('train', x), ('test', z)))
-    check_labels(dict(zip((folder / f'{part}_labels.npy' for part in ('train', 'test')), (y, v))), classes is not None)
+    labels = {s: label_array(folder / f'{s}_labels.npy', x, n) for s, x in images.items()}
+    check_labels({folder / f'{s}_labels.npy': y for s, y in labels.items()}, classes is not None)
     if classes is None:
-        classes = tuple(map(str, range(1 + int(torch.cat([y, v]).max()))))
-    return joined(name, {'train': (nchw(x), y), 'test': (nchw(z), v)}, classes)
+        classes = tuple(map(str, range(1 + int(torch.cat([*labels.values()]).max()))))
+    return joined(name, {s: (nchw(x), labels[s]) for s, x in images.items()}, classes)
 
 def plain_place(
     name:str,

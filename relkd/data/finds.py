@@ -43,25 +43,37 @@ def near(
 
 # %% ../../nbs/data/05_finds.ipynb #6632bb37
 _SAVE = "np.save('{name}/train_images.npy', x); np.save('{name}/train_labels.npy', y); the same for test"
+_PICKLE = ("d = relkd.data.forms.read_pickle('{file}'); x, y = d['data'], np.array(d['labels']); " + _SAVE)
 UNREAD = ( # pattern of a file's name, what it is, what makes plain arrays (N, H, W, C) of it
-    ('*.parquet', 'parquet', "d = pandas.read_parquet('{file}'); x = np.stack([np.asarray(PIL.Image.open(io.BytesIO(r['bytes'])).convert('RGB')) "
-                             "for r in d.iloc[:, 0]]); y = d.iloc[:, 1]; " + _SAVE),
+    ('*.parquet', 'parquet', "d = pandas.read_parquet('{file}'); y = d.iloc[:, 1]; x = np.stack([np.asarray(PIL.Image.open("
+                             "io.BytesIO(r['bytes'])).convert('RGB')) for r in d.iloc[:, 0]]); " + _SAVE),
     ('*.npz', 'NumPy .npz', "z = np.load('{file}'); x, y = z['train_images'], z['train_labels']; " + _SAVE),
     ('*.h*5', 'HDF5', "f = h5py.File('{file}'); x = np.concatenate([f[k][:] for k in keys]), y their numbers; " + _SAVE),
     ('*.hdf5', 'HDF5', "f = h5py.File('{file}'); x = np.concatenate([f[k][:] for k in keys]), y their numbers; " + _SAVE),
-    ('*.pkl', 'pickle', "d = pickle.load(open('{file}', 'rb'), encoding='latin1'), if you trust it; x, y = d['data'], d['labels']; " + _SAVE),
-    ('*.pickle', 'pickle', "d = pickle.load(open('{file}', 'rb'), encoding='latin1'), if you trust it; x, y = d['data'], d['labels']; " + _SAVE),
+    ('*.pkl', 'pickle', _PICKLE),
+    ('*.pickle', 'pickle', _PICKLE),
     ('x_train.npy', "Keras's names", "rename x_train, y_train, x_test, y_test to train_images, train_labels, test_images, test_labels"),
     ('omniglot.npy', 'drawings without names', "get the zips, which have the alphabets' names: `relkd data get omniglot`"),
     ('trainLabels.csv', "Kaggle's list", "for i, c in csv: move train/i.png to train/c/i.png, and some of each class to test/c/; then "
                                          "`relkd data import`"),
-    ('base.json', 'file lists', "write train.csv, val.csv, test.csv of base.json, val.json, novel.json, columns filename,label: image_names and "
-                                "label_names[image_labels[i]]"),
+    ('base.json', 'file lists', "write train.csv, val.csv, test.csv of base.json, val.json, novel.json, columns filename,label: "
+                                "image_names and label_names[image_labels[i]]"),
     ('cifar*.tar.gz', "the publisher's archive", '`relkd data get {name}` unpacks it'),
     ('*.tar.gz', 'a packed archive', "unpack it: tar xzf '{file}'"),
     ('*.tgz', 'a packed archive', "unpack it: tar xzf '{file}'"),
     ('*.mat', "MATLAB's .mat", "d = scipy.io.loadmat('{file}'); x, y = d['data'], d['labels'].ravel() - 1; " + _SAVE),
 )
+
+_IMAGE = re.compile(r'\.(png|jpe?g|bmp|webp|tiff?)$', re.I)
+
+def _image_folders(place): # a find, or None
+    def holds(folder): return any(_IMAGE.search(f.name) for f in _inside(folder)[:20])
+    def of_classes(folder): return any(holds(c) or any(holds(d) for d in _inside(c)[:3]) for c in _inside(folder)[:5] if c.is_dir())
+    if of_classes(place / 'train'):
+        return ('folders of images', "`relkd data import '{file}' OWN --size 32`, with a folder a class below train/ and test/, and the "
+                                     "data set is OWN; its order is not the publisher's")
+    if of_classes(place):
+        return 'folders of images', "move its classes into train/, val/ and test/ as the published lists say"
 
 def finds(
     root:Path,
@@ -74,9 +86,13 @@ def finds(
         for f in files:
             kind = next(((what, do) for pattern, what, do in UNREAD if fnmatch.fnmatch(f.name, pattern)), None)
             if kind and kind[0] not in found and f.is_file():
-                shown = f.relative_to(root).as_posix() if f.is_relative_to(root) else str(f)
-                found[kind[0]] = shown, kind[0], kind[1].format(name=name, file=shown)
+                found[kind[0]] = _shown(f, root), kind[0], kind[1].format(name=name, file=_shown(f, root))
+        kind = _image_folders(place) if name in ALIASES and place.is_dir() else None
+        if kind: found.setdefault(kind[0], (_shown(place, root), kind[0], kind[1].format(name=name, file=_shown(place, root))))
     return list(found.values())
+
+def _shown(path, root):
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)
 
 def in_words(found) -> str: # '' for none
     "The finds as a part of an error's line."

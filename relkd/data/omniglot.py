@@ -120,6 +120,7 @@ def _unpack(root, name, resize='area'):
     for subset, path in _lying(root):
         with Entries(path) as entries:
             drawings = _drawings(entries, subset)
+            if not drawings: raise ValueError(f"{path} holds no drawing ALPHABET/characterNN/*.png that is not turned: get the publisher's")
             keys = dict.fromkeys(d[:3] for d in drawings)
             rows += [(len(rows) + i, *key) for i, key in enumerate(keys)]
             number = {r[1:]: r[0] for r in rows}

@@ -46,7 +46,8 @@ def divisor(
 ) -> torch.Tensor: # the same, 1 where it is 0
     "What a channel is divided by. Warns of one that is constant."
     if constant := [k for k, s in enumerate(std.flatten().tolist()) if not s > 0]:
-        warnings.warn(f"channel {constant[0]} of {name} is the same in all training images{f' ({len(constant)} such channels)' if len(constant) > 1 else ''}: "
+        more = f' ({len(constant)} such channels)' if len(constant) > 1 else ''
+        warnings.warn(f"channel {constant[0]} of {name} is the same in all training images{more}: "
                       "it can teach nothing; were the images divided by 255 before they became bytes?", stacklevel=3)
     return torch.where(std > 0, std, torch.ones_like(std))
 

@@ -46,7 +46,8 @@ def _lacking(source, root): # the error's text
     missing = f" ({', '.join(lacks[:4])} missing)" if lacks else _found(source, root)
     places = ' and '.join(p[0] for p in source.places)
     others = in_words(finds(root, source.name))
-    return f"data set {source.name!r} is not in {root}: looked for {places}{missing}{others}; {source.how} (RELKD_DATA names another folder)"
+    return (f"data set {source.name!r} is not in {root}: looked for {places}{missing}{others}; {source.how} "
+            "(RELKD_DATA names another folder)")
 
 def _found(source, root): # what lies in a folder of the right name, if nothing that is looked for does
     fixed = [p for p in source.places if not callable(p[1])]
@@ -59,7 +60,7 @@ def _found(source, root): # what lies in a folder of the right name, if nothing 
 class Source:
     "A data set by name: the places where it may lie, and how to get it."
     name:str
-    places:tuple     # of (words, files relative to the root or function (root) -> files or None, reader (root, name)); the first that is whole is read
+    places:tuple     # of (words, files below the root or what finds them or None, reader (root, name)); the first that is whole is read
     how:str          # to get it, in words
     get:object=None  # function of (root, progress) that downloads it, if it can be downloaded
     options:tuple=() # names of what a reader may choose
