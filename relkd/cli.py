@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'OUT', 'DEVICE', 'PRECISION', 'DATA', 'ROWS', 'SEEDS', 'SHOTS', 'EPOCHS', 'SET', 'NAME', 'teacher_app',
            'data_app', 'demo', 'run', 'table', 'publish', 'teacher_check', 'recipes', 'tensorboard', 'bench', 'profile',
-           'data_list', 'get', 'options', 'main']
+           'data_list', 'get', 'import_', 'options', 'main']
 
 # %% ../nbs/lab/40_cli.ipynb #b727024a
+import os
 import re
 import sys
 import warnings
@@ -19,12 +20,15 @@ import typer
 from .cli_words import numbers, seconds, setting, size
 
 # %% ../nbs/lab/40_cli.ipynb #3a6ea1ad
+def _home(path:Optional[str]): # '~' as the shell reads it, also behind an =
+    return os.path.expanduser(path) if isinstance(path, str) else path
+
 app = typer.Typer(name='relkd', help='Relational knowledge distillation, derived and run again.', no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False)
-OUT = typer.Option('figures', help='Folder of records, tables and figures; checkpoints lie in its .runs.')
+OUT = typer.Option('figures', callback=_home, help='Folder of records, tables and figures; checkpoints lie in its .runs.')
 DEVICE = typer.Option('auto', help="'auto', 'cpu' or 'cuda'.")
 PRECISION = typer.Option(None, help="'32' or 'bf16'; else the recipe's, else bf16 on a GPU and 32 on a CPU.")
-DATA = typer.Option(None, help='Folder of the data; else RELKD_DATA, else .data.')
+DATA = typer.Option(None, callback=_home, help='Folder of the data; else RELKD_DATA, else .data.')
 ROWS = typer.Option(None, help="Only these rows, separated by commas, beside the one that differences are taken to: 'RKD-D,HKD'.")
 SEEDS = typer.Option(None, help="Only these seeds: '0', '0,3', '0-4'.")
 SHOTS = typer.Option(None, help="Few-shot: only these shots: '1', '1,5'.")
@@ -91,7 +95,7 @@ def _committed():
 
 @app.command()
 def demo(
-    out:str=typer.Option('.demo', help='Folder of records, table and figure; git ignores it in a checkout.'),
+    out:str=typer.Option('.demo', callback=_home, help='Folder of records, table and figure; git ignores it in a checkout.'),
     device:str=DEVICE,
 ):
     "Teach students on real handwritten digits: the RKD paper's rows, eight seeds, about two minutes on two CPU cores."
@@ -135,7 +139,8 @@ def table(
 # %% ../nbs/lab/40_cli.ipynb #648d5c73
 @app.command()
 def publish(
-    name:str=NAME, weights:str=typer.Option('weights', help='Folder that the weights and their manifests are written into.'),
+    name:str=NAME,
+    weights:str=typer.Option('weights', callback=_home, help='Folder that the weights and their manifests are written into.'),
     rows:Optional[str]=ROWS, seeds:Optional[str]=SEEDS, shots:Optional[str]=SHOTS, epochs:Optional[int]=EPOCHS,
     settings:Optional[List[str]]=SET, precision:Optional[str]=PRECISION, data:Optional[str]=DATA, out:str=OUT, device:str=DEVICE,
 ):
@@ -223,16 +228,30 @@ def data_list(context:typer.Context, data:Optional[str]=DATA):
     context.obj = data
     if context.invoked_subcommand:
         return
-    from relkd.data import data_root, inventory
+    from relkd.data import data_root, inventory, unread
     print(f'in {data_root(data)}:')
     for d in inventory(data):
         print(_counts(d))
+    for name, file, what, do in unread(data):
+        print(f"{name:14} is not read from {file} ({what}): {do}")
 
 @data_app.command()
 def get(context:typer.Context, name:str=typer.Argument(help='cifar10, cifar100, tinyimagenet, omniglot, ...'), data:Optional[str]=DATA):
     "Fetch a data set from its publisher."
     from relkd.data import fetch
     print(fetch(name, data or context.obj))
+
+# %% ../nbs/lab/40_cli.ipynb #2af6fff5
+@data_app.command('import')
+def import_(
+    context:typer.Context, folder:str=typer.Argument(help='With train/CLASS/*.png, and test/ or val/ likewise.'),
+    name:str=typer.Argument(help='Of the new data set.'),
+    size:Optional[int]=typer.Option(None, min=1, help='Height and width that all images are brought to.'),
+    grey:bool=typer.Option(False, '--grey', help='One channel.'), data:Optional[str]=DATA,
+):
+    "Decode a folder of images once into a data set of its own name."
+    from relkd.data import data_root, import_folder
+    print(import_folder(folder, name, data_root(data or context.obj), size, grey))
 
 # %% ../nbs/lab/40_cli.ipynb #efe1a6b6
 def _version(wanted:bool):

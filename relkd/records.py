@@ -119,7 +119,7 @@ def read_record(
 ) -> dict: # of today's layout
     "One record. Raises ValueError naming file and field if it is damaged."
     try:
-        record = upgraded(json.loads(Path(path).read_text(encoding='utf-8')))
+        record = upgraded(json.loads(Path(path).read_text(encoding='utf-8-sig')))
         wrong = [k for k, kind in NEEDED.items() if not isinstance(record[k], kind)]
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError, OSError) as error:
         raise ValueError(f"record {path} is damaged ({type(error).__name__}: {error}): remove it and run the recipe again") from None
@@ -131,12 +131,17 @@ def load_records(
     out,          # the folder given to write_record
     recipe:str,   # whose records
 ) -> list: # of dictionaries, sorted by file name
-    "All records of a recipe. Raises ValueError if there is none, or if one is damaged (named)."
-    folder = Path(out) / 'records' / recipe
-    records = [read_record(path) for path in sorted(folder.glob('*.json'))]
-    if not records:
+    "All records of a recipe, each cell once. Raises ValueError if there is none, if one is damaged, or if two of a cell differ."
+    folder, found = Path(out) / 'records' / recipe, {}
+    for path in sorted(p for p in folder.glob('*') if p.suffix.lower() == '.json' and not p.name.startswith('.')):
+        record = read_record(path)
+        cell = cell_name(record['row'], record['variant'], record['seed'])
+        first, there = found.setdefault(cell, (path, record))
+        if there != record:
+            raise ValueError(f"{first} and {path.name} are two records of one cell, and differ: remove one of them")
+    if not found:
         raise ValueError(f"no records of {recipe!r} in {folder}: run the recipe first")
-    return records
+    return [record for _, record in found.values()]
 
 # %% ../nbs/lab/21_records.ipynb #a5278914
 def to_tensorboard(

@@ -7,17 +7,18 @@ __all__ = ['PLAIN', 'read_plain', 'colour_jitter', 'flip', 'pad_crop', 'rotate',
            'load', 'CIFAR10', 'CIFAR100', 'CIFAR_FS', 'CLASSES', 'FC100', 'HELD_OUT', 'SUPERCLASSES', 'digits',
            'ByClass', 'ClassBalanced', 'Episodes', 'by_class', 'check_episodes', 'draw_episodes', 'episode_labels',
            'MINIIMAGENET', 'OMNIGLOT', 'area_resize', 'nearest_resize', 'Dataset', 'joined', 'Source', 'data_root',
-           'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET', 'class_groups', 'halves', 'centre_crop',
-           'random_crop', 'decoded', 'map_images', 'CARS196', 'CUB200', 'SOP']
+           'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET', 'class_groups', 'halves', 'import_folder',
+           'unread', 'centre_crop', 'random_crop', 'decoded', 'map_images', 'CARS196', 'CUB200', 'SOP']
 
 # %% ../../nbs/data/index.ipynb #5db9e0e4
 from .arrays import PLAIN, read_plain
 from .augment import centre_crop, colour_jitter, flip, pad_crop, random_crop, rotate
-from .catalogue import SOURCES, check_name, fetch, inventory, load
+from .catalogue import SOURCES, check_name, fetch, inventory, load, unread
 from .cifar import CIFAR10, CIFAR100, CIFAR_FS, CLASSES, FC100, HELD_OUT, SUPERCLASSES
 from .digits import digits
 from .episodes import ByClass, ClassBalanced, Episodes
 from .episodes import by_class, check_episodes, draw_episodes, episode_labels
+from .folder import import_folder
 from .mapped import decoded, map_images
 from .miniimagenet import MINIIMAGENET
 from .omniglot import OMNIGLOT, area_resize, nearest_resize
@@ -34,4 +35,4 @@ _all_ = ['PLAIN', 'read_plain', 'colour_jitter', 'flip', 'pad_crop', 'rotate', '
          'digits', 'ByClass', 'ClassBalanced', 'Episodes', 'by_class', 'check_episodes', 'draw_episodes',
          'episode_labels', 'MINIIMAGENET', 'OMNIGLOT', 'area_resize', 'nearest_resize', 'Dataset', 'joined', 'Source',
          'data_root', 'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET', 'class_groups', 'halves',
-         'centre_crop', 'random_crop', 'decoded', 'map_images', 'CARS196', 'CUB200', 'SOP']
+         'import_folder', 'unread', 'centre_crop', 'random_crop', 'decoded', 'map_images', 'CARS196', 'CUB200', 'SOP']

@@ -6,12 +6,15 @@
 __all__ = ['SUPERCLASSES', 'CLASSES', 'CIFAR10', 'CIFAR100', 'HELD_OUT', 'CIFAR_FS', 'FC100', 'few_shot_splits']
 
 # %% ../../nbs/data/08_cifar.ipynb #de726786
+import warnings
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
 import torch
 
 from .arrays import check_order, nchw, plain_place, read_plain
+from .finds import near
 from .sets import Dataset, joined
 from .source import Source, fetch_torchvision
 from .splits import halves, held_out_splits
@@ -48,14 +51,20 @@ def _torchvision_class(name):
     from torchvision import datasets
     return {'cifar10': datasets.CIFAR10, 'cifar100': datasets.CIFAR100}[name]
 
+_TEN = (*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch', 'batches.meta')
+_PICKLES = {'cifar10': _TEN, 'cifar100': ('train', 'test', 'meta')}
+
+def _pickles(root, name): # the folder of the pickles, whatever it is called and one level off, or None
+    return next((p for p in near(root, name) if all((p / f).is_file() for f in _PICKLES[name])), None)
+
 def _read_torchvision(root, name):
     "CIFAR as torchvision unpacks it."
-    kind = _torchvision_class(name)
-    where = root / kind.base_folder
-    try: train, test = (kind(root, train=part) for part in (True, False))
+    where, kind = _pickles(root, name), _torchvision_class(name)
+    here = type(kind.__name__, (kind,), {'base_folder': where.name})
+    try: train, test = (here(where.parent, train=part) for part in (True, False))
     except (RuntimeError, OSError, EOFError) as error:
-        raise ValueError(f"{where} is damaged or not whole ({str(error).splitlines()[0]}): remove it, "
-                         f"then `relkd data get {name}`") from error
+        raise ValueError(f"{where} is damaged or not whole, or not the publisher's ({str(error).splitlines()[0]}): remove it, "
+                         f"then `relkd data get {name}`; data of your own go into four .npy in a folder of another name") from error
     classes = check_order(name, train.classes, CLASSES[name], where)
     parts = {'train': train, 'test': test}
     return joined(name, {s: (nchw(d.data), torch.tensor(d.targets)) for s, d in parts.items()}, classes)
@@ -65,15 +74,43 @@ def _get(name, root, progress):
         for part in (True, False): _torchvision_class(name)(root, train=part, download=True)
     fetch_torchvision(name, root, make)
 
-def _cifar(name, folder, files):
-    plain = plain_place(name, partial(read_plain, due=CLASSES[name]))
-    unpacked = f'{folder}/', tuple(f'{folder}/{f}' for f in files), _read_torchvision
-    how = f'`relkd data get {name}` fetches it'
-    return Source(name, (plain, unpacked), how, partial(_get, name))
+# %% ../../nbs/data/08_cifar.ipynb #68283198
+_BINARY = { # training files, test file, labels a row
+    'cifar10': (tuple(f'data_batch_{i}.bin' for i in range(1, 6)), ('test_batch.bin',), 1),
+    'cifar100': (('train.bin',), ('test.bin',), 2),
+}
 
-_TEN = (*(f'data_batch_{i}' for i in range(1, 6)), 'test_batch', 'batches.meta')
-CIFAR10 = _cifar('cifar10', 'cifar-10-batches-py', _TEN)
-CIFAR100 = replace(_cifar('cifar100', 'cifar-100-python', ('train', 'test', 'meta')), splits={'retrieval': halves})
+def _binary(root, name): # the folder of the binary version, or None
+    train, test, _ = _BINARY[name]
+    return next((p for p in near(root, name) if all((p / f).is_file() for f in (*train, *test))), None)
+
+def _read_binary(root, name):
+    "CIFAR's binary version. Raises ValueError for a file that is no whole number of rows."
+    (*files, labels), folder, parts = _BINARY[name], _binary(root, name), {}
+    for split, names, due in zip(('train', 'test'), files, (50000, 10000)):
+        rows = [np.fromfile(folder / f, np.uint8) for f in names]
+        if odd := next((f for f, r in zip(names, rows) if len(r) % (labels + 3072) or not len(r)), None):
+            raise ValueError(f"{folder / odd} is no whole number of rows of {labels + 3072:,} bytes: get it again")
+        rows = np.concatenate(rows).reshape(-1, labels + 3072)
+        if len(rows) != due: warnings.warn(f"{folder} holds {len(rows):,} images for {split}; the publisher's has {due:,}")
+        parts[split] = torch.from_numpy(rows[:, labels:].reshape(-1, 3, 32, 32)), torch.from_numpy(rows[:, labels - 1].astype(np.int64))
+    return joined(name, parts, CLASSES[name])
+
+# %% ../../nbs/data/08_cifar.ipynb #fd05f6f0
+def _cifar(name, folder):
+    plain = plain_place(name, partial(read_plain, due=CLASSES[name]))
+    def files(find, names):
+        def there(root): return None if (p := find(root, name)) is None else tuple(str((p / f).absolute()) for f in names)
+        return there
+    train, test, _ = _BINARY[name]
+    unpacked = f'{folder}/', tuple(f'{folder}/{f}' for f in _PICKLES[name]), _read_torchvision
+    elsewhere = 'the like one folder off', files(_pickles, _PICKLES[name]), _read_torchvision
+    binary = 'its binary version', files(_binary, (*train, *test)), _read_binary
+    how = f'`relkd data get {name}` fetches it'
+    return Source(name, (plain, unpacked, elsewhere, binary), how, partial(_get, name))
+
+CIFAR10 = _cifar('cifar10', 'cifar-10-batches-py')
+CIFAR100 = replace(_cifar('cifar100', 'cifar-100-python'), splits={'retrieval': halves})
 
 # %% ../../nbs/data/08_cifar.ipynb #67d1c4c8
 HELD_OUT = {

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from .forms import kind_of
 from .sets import rounded_like
 
 # %% ../../nbs/data/04_images.ipynb #ee323d03
@@ -30,12 +31,16 @@ def read_pixels(
     grey:bool=False, # one channel, else RGB
 ) -> np.ndarray: # (H, W, C) uint8. Raises ValueError naming the image
     "Decode one image file of eight bits a channel."
+    raw = None
     try:
-        with Image.open(io.BytesIO(content())) as image:
+        raw = content()
+        with Image.open(io.BytesIO(raw)) as image:
             mode, bits = image.mode, _bits(image)
             pixels = np.array(image.convert('L' if grey else 'RGB')) if bits == 8 else None
     except MemoryError: raise
     except Exception as error:                          # each format has its own errors
+        if raw is not None and ': ' in (kind := kind_of(raw)):
+            raise ValueError(f"{where}: image {name} {kind}") from error
         raise ValueError(f"{where}: image {name} is missing or damaged ({type(error).__name__}): "
                          "get the file again") from error
     if pixels is None:

@@ -6,33 +6,65 @@
 __all__ = ['SPLITS', 'MINIIMAGENET']
 
 # %% ../../nbs/data/11_miniimagenet.ipynb #6813d0cf
-from pathlib import Path
+import re
+from collections import defaultdict
+from pathlib import PurePosixPath
 
 import numpy as np
 
 from .arrays import image_array, label_array, nchw, read_csv, whole_folder, write_csv
+from .entries import Entries, check_stamp, stamp
+from .finds import near
+from .forms import read_pickle
 from .images import save_images
 from .sets import Dataset
-from .source import Source
+from .source import Source, cache_root
 
 # %% ../../nbs/data/11_miniimagenet.ipynb #fd97a263
 SPLITS = 'train', 'val', 'test'
+_KEPT = 'images.npy', 'labels.npy', 'classes.csv'
+
+def _folders(root): # where a copy may lie, miniimagenet/ itself first
+    return sorted((p for p in near(root, 'miniimagenet') if p.is_dir()), key=lambda p: p.name != 'miniimagenet')
+
+def _arrays(root): # the folder of the arrays, or None
+    places = [cache_root(root) / 'miniimagenet' / 'arrays', *(p / 'arrays' for p in _folders(root))]
+    return next((p for p in places if all((p / f).exists() for f in _KEPT)), None)
+
+def _sources(folder): # what arrays beside them are made of
+    return [p for p in (*(folder / f'{s}.csv' for s in SPLITS), folder / 'images', folder / 'images.zip') if p.exists()]
 
 def _read(root, name):
     "miniImageNet from the arrays made by `_unpack`."
-    folder = root / 'miniimagenet' / 'arrays'
+    folder = _arrays(root)
+    for place in _folders(root)[:1]: check_stamp(folder, _sources(place))
     images, rows = image_array(folder / 'images.npy'), read_csv(folder / 'classes.csv', ('split', 'class'))
     labels = label_array(folder / 'labels.npy', images, len(rows))
     splits = {s: tuple(i for i, r in enumerate(rows) if r['split'] == s) for s in SPLITS}
     return Dataset(name, nchw(images).contiguous(), labels, splits, tuple(r['class'] for r in rows))
 
 # %% ../../nbs/data/11_miniimagenet.ipynb #75e8ba84
-def _listed(folder): # split -> pairs (file, class)
-    rows = {s: read_csv(folder / f'{s}.csv', ('filename', 'label')) for s in SPLITS}
-    lists = {s: [(r['filename'], r['label']) for r in rows[s]] for s in SPLITS}
+_COLUMNS = ('filename', 'label'), ('image_name', 'class_name')
+
+def _rows_of(path): # pairs (file, class)
+    head = read_csv(path, ())[0]
+    file, label = next((c for c in _COLUMNS if set(c) <= set(head)), _COLUMNS[0])
+    return [(r[file], r[label]) for r in read_csv(path, (file, label))]
+
+def _listed(folder, entries): # split -> pairs (file, class)
+    if all((folder / f'{s}.csv').exists() for s in SPLITS):
+        return {s: _rows_of(folder / f'{s}.csv') for s in SPLITS}
+    lists = {s: [] for s in SPLITS}
+    for name in entries.names:
+        if m := re.fullmatch(r'(train|val|test)/([^/]+)/[^/]+\.(?:jpe?g|png)', name, re.I):
+            lists[m[1].lower()].append((name, m[2]))
+    return lists
+
+def _checked(folder, lists): # the same. Raises ValueError for a file outside, or a class in two splits
     seen = set()
     for split, pairs in lists.items():
-        if wrong := [f for f, _ in pairs if Path(f).name != f]:
+        def outside(file): return '..' in PurePosixPath(file).parts or PurePosixPath(file).is_absolute()
+        if wrong := [f for f, _ in pairs if outside(f)]:
             raise ValueError(f"{folder / f'{split}.csv'} must name files inside images/; got {wrong[0]!r}")
         classes = {c for _, c in pairs}
         if shared := sorted(classes & seen):
@@ -41,22 +73,76 @@ def _listed(folder): # split -> pairs (file, class)
         seen |= classes
     return lists
 
+# %% ../../nbs/data/11_miniimagenet.ipynb #e298338e
 def _unpack(root, name):
-    "Decode images/ as listed by train.csv, val.csv and test.csv, once, into arrays/, then read that."
-    folder = root / 'miniimagenet'
-    lists = _listed(folder)
-    rows = [(split, c) for split in SPLITS for c in sorted({c for _, c in lists[split]})]
-    number = {c: i for i, (_, c) in enumerate(rows)}
-    pairs = [pair for split in SPLITS for pair in lists[split]]
-    with whole_folder(folder / 'arrays') as part:
-        def read(file): return (folder / 'images' / file).read_bytes()
-        save_images(part / 'images.npy', [f for f, _ in pairs], read, folder / 'images', 84, resize=True)
-        np.save(part / 'labels.npy', np.array([number[c] for _, c in pairs], dtype=np.int64))
-        write_csv(part / 'classes.csv', ('split', 'class'), rows)
+    "Decode the images as listed, once, into arrays/, then read that."
+    folder = next(p for p in _folders(root) if _whole(p))
+    images = folder / 'images' if any((folder / 'images').glob('*')) else folder / 'images.zip'
+    with Entries(images if images.exists() else folder) as entries:
+        lists = _checked(folder, _listed(folder, entries))
+        rows = [(split, c) for split in SPLITS for c in sorted({c for _, c in lists[split]})]
+        number = {c: i for i, (_, c) in enumerate(rows)}
+        pairs = [pair for split in SPLITS for pair in lists[split]]
+        with _written(root, folder) as part:
+            save_images(part / 'images.npy', [f for f, _ in pairs], entries.read, entries.path, 84, resize=True)
+            np.save(part / 'labels.npy', np.array([number[c] for _, c in pairs], dtype=np.int64))
+            write_csv(part / 'classes.csv', ('split', 'class'), rows)
+            stamp(part, _sources(folder))
     return _read(root, name)
 
-_ARRAYS = tuple(f'miniimagenet/arrays/{f}' for f in ('images.npy', 'labels.npy', 'classes.csv'))
+def _written(root, folder): # where arrays of a folder are made
+    cache = cache_root(root)
+    return whole_folder(folder / 'arrays' if cache == root.absolute() else cache / 'miniimagenet' / 'arrays')
+
+def _whole(folder): # are there lists and images, or three folders?
+    lists = all((folder / f'{s}.csv').exists() for s in SPLITS)
+    three = all((folder / s).is_dir() for s in SPLITS)
+    return three or lists and ((folder / 'images').is_dir() or (folder / 'images.zip').exists())
+
+# %% ../../nbs/data/11_miniimagenet.ipynb #ab5c8aac
+_PICKLES = tuple((f'{before}{{}}.{end}', train) for before, end, train in (('mini-imagenet-cache-', 'pkl', 'train'),
+                 ('miniImageNet_category_split_', 'pickle', 'train_phase_train')))
+
+def _pickled(root): # the three files, or None
+    for folder in _folders(root):
+        for form, train in _PICKLES:
+            files = tuple(folder / form.format(train if s == 'train' else s) for s in SPLITS)
+            if all(f.exists() for f in files): return files
+
+def _of_pickle(path, split): # images (N, 84, 84, 3) and their classes
+    d = read_pickle(path)
+    try:
+        if 'image_data' in d:
+            of = {i: str(c) for c, places in d['class_dict'].items() for i in places}
+            images, classes = np.asarray(d['image_data']), [of[i] for i in range(len(d['image_data']))]
+        else:
+            images, classes = np.asarray(d['data']), [f'{split}{int(n):02}' for n in d['labels']]
+        if images.dtype == np.uint8 and images.shape[1:] == (84, 84, 3) and len(images) == len(classes): return images, classes
+    except (KeyError, TypeError, ValueError, IndexError): pass
+    raise ValueError(f"{path} must hold image_data and class_dict, or data and labels, of uint8 images (N, 84, 84, 3)")
+
+def _of_pickles(root, name):
+    "The two pickles that circulate, made into arrays once."
+    files, parts, rows = _pickled(root), [], defaultdict(list)
+    for split, path in zip(SPLITS, files):
+        images, classes = _of_pickle(path, split)
+        names = sorted(set(classes))
+        parts.append((images, [len(rows['all']) + names.index(c) for c in classes]))
+        rows['all'] += [(split, c) for c in names]
+    with _written(root, files[0].parent) as part:
+        np.save(part / 'images.npy', np.concatenate([images for images, _ in parts]))
+        np.save(part / 'labels.npy', np.concatenate([labels for _, labels in parts]).astype(np.int64))
+        write_csv(part / 'classes.csv', ('split', 'class'), rows['all'])
+    return _read(root, name)
+
+# %% ../../nbs/data/11_miniimagenet.ipynb #34c2e778
+def _kept(root): return None if (folder := _arrays(root)) is None else tuple(str((folder / f).absolute()) for f in _KEPT)
+def _lying(root): return next(((str(p.absolute()),) for p in _folders(root) if _whole(p)), None)
+def _three(root): return None if (files := _pickled(root)) is None else tuple(str(f.absolute()) for f in files)
+
 _FILES = tuple(f'miniimagenet/{f}' for f in ('images', *(f'{s}.csv' for s in SPLITS)))
-MINIIMAGENET = Source('miniimagenet', (('miniimagenet/arrays/', _ARRAYS, _read),
-                                       ('miniimagenet/images/ with {train,val,test}.csv', _FILES, _unpack)),
+MINIIMAGENET = Source('miniimagenet', (('miniimagenet/arrays/', _kept, _read),
+                                       ('miniimagenet/images/ with {train,val,test}.csv', _FILES, _unpack),
+                                       ('miniimagenet/{train,val,test}/CLASS/', _lying, _unpack),
+                                       ('mini-imagenet-cache-{train,val,test}.pkl', _three, _of_pickles)),
                       "place your copy there: images/ and Ravi and Larochelle's lists with the columns filename,label")

@@ -14,9 +14,11 @@ import numpy as np
 import torch
 
 from .arrays import label_array, read_csv, read_npy, whole_folder, write_csv
-from .images import decode, open_zip
+from .entries import Entries
+from .finds import near
+from .images import decode
 from .sets import Dataset, rounded_like
-from .source import Source, fetch_torchvision
+from .source import Source, cache_root, fetch_torchvision
 from .splits import held_out_splits
 
 # %% ../../nbs/data/10_omniglot.ipynb #55dc8d1e
@@ -59,7 +61,7 @@ def _characters(path): # (alphabet, character) of each label
 
 def _read(root, name, resize='area'):
     "Omniglot from `omniglot/{images,labels}.npy`, (N, 105, 105) with 1 = ink, and characters.csv."
-    folder = root / 'omniglot'
+    folder = _folder(root)
     if resize not in ('area', 'nearest'):
         raise ValueError(f"omniglot is shrunk with resize 'area' or 'nearest'; got {resize!r}")
     images = read_npy(folder / 'images.npy', 3, 'uint8 drawings (N, H, W)', lambda a: a.dtype == np.uint8)
@@ -88,25 +90,55 @@ def upright(
 
 # %% ../../nbs/data/10_omniglot.ipynb #39fce816
 SUBSETS = 'images_background', 'images_evaluation'
+_DRAWING = re.compile(r'(?:.*/)?([^/]+)/(character\d+)/(?:rot000/)?([^/]+\.png)', re.I)
 
+def _lying(root): # [(subset, path)]: the two zips, or the folders they unpack to; None if neither is whole
+    for place in (p for p in near(root, 'omniglot') if p.is_dir()):
+        for folder in (place, place / 'python'):
+            zips = [(s, folder / f'{s}.zip') for s in SUBSETS]
+            if all(p.exists() for _, p in zips): return zips
+        if any(place.glob('*/*/character01')) or any(place.glob('*/character01')): return [('', place)]
+
+def _drawings(entries, subset): # sorted (subset, alphabet, character, entry)
+    late = set(EVALUATION.split())
+    found = [(m[1], m[2], n) for n in entries.names if (m := _DRAWING.fullmatch(n))]
+    if subset: return sorted((subset, *d) for d in found)
+    return sorted((SUBSETS[alphabet in late], alphabet, c, n) for alphabet, c, n in found)
+
+def _inked(entries, names): # (N, 105, 105), 1 = ink
+    advice = ": drawings that were shrunk cannot be brought back: get the publisher's"
+    parts = decode(names, entries.read, entries.path, 105, grey=True, advice=advice)
+    ink = np.concatenate([(x[..., 0] < 128).astype(np.uint8) for x in parts])
+    if ink.mean() > .5:
+        raise ValueError(f"{entries.path} holds more ink than paper: its drawings are inverted, white on black; invert them again")
+    return ink
+
+# %% ../../nbs/data/10_omniglot.ipynb #2773d1ed
 def _unpack(root, name, resize='area'):
-    "Decode the two zips that torchvision downloads, once, into `omniglot/`, then read that."
+    "Decode the zips or their folders, once, into `omniglot/`, then read that."
     labels, rows, images = [], [], []
-    for subset in SUBSETS:
-        path = root / 'omniglot-py' / f'{subset}.zip'
-        with open_zip(path) as z:
-            form = subset + r'/[^/]+/character\d+/[^/]+\.png'
-            entries = sorted(e for e in set(z.namelist()) if re.fullmatch(form, e))
-            keys = dict.fromkeys(e.rsplit('/', 1)[0] for e in entries)
-            rows += [(len(rows) + i, *key.split('/')) for i, key in enumerate(keys)]
-            number = {'/'.join(r[1:]): r[0] for r in rows}
-            labels += [number[e.rsplit('/', 1)[0]] for e in entries]
-            images += [(x[..., 0] < 128).astype(np.uint8) for x in decode(entries, z.read, path, 105, grey=True)]
-    with whole_folder(root / 'omniglot') as part:
+    for subset, path in _lying(root):
+        with Entries(path) as entries:
+            drawings = _drawings(entries, subset)
+            if not drawings: raise ValueError(f"{path} holds no drawing ALPHABET/characterNN/*.png that is not turned: get the publisher's")
+            keys = dict.fromkeys(d[:3] for d in drawings)
+            rows += [(len(rows) + i, *key) for i, key in enumerate(keys)]
+            number = {r[1:]: r[0] for r in rows}
+            labels += [number[d[:3]] for d in drawings]
+            images.append(_inked(entries, [d[3] for d in drawings]))
+    with whole_folder(_target(root)) as part:
         np.save(part / 'images.npy', np.concatenate(images))
         np.save(part / 'labels.npy', np.array(labels, dtype=np.int64))
         write_csv(part / 'characters.csv', ('label', 'subset', 'alphabet', 'character'), rows)
     return _read(root, name, resize)
+
+def _target(root): # where the arrays are made: beside drawings that lie in omniglot/ itself
+    folder = cache_root(root) / 'omniglot'
+    return folder / 'arrays' if folder.exists() else folder
+
+def _folder(root): # of the arrays, or None
+    folder = cache_root(root) / 'omniglot'
+    return next((p for p in (folder / 'arrays', folder) if all((p / f).exists() for f in _KEPT)), None)
 
 def _get(root, progress):
     from torchvision.datasets import Omniglot
@@ -114,8 +146,14 @@ def _get(root, progress):
         for part in (True, False): Omniglot(root, background=part, download=True)
     fetch_torchvision('omniglot', root, make)
 
-_ARRAYS = tuple(f'omniglot/{f}' for f in ('images.npy', 'labels.npy', 'characters.csv'))
+# %% ../../nbs/data/10_omniglot.ipynb #da617710
+_KEPT = 'images.npy', 'labels.npy', 'characters.csv'
 _ZIPS = tuple(f'omniglot-py/{s}.zip' for s in SUBSETS)
-OMNIGLOT = Source('omniglot', (('omniglot/{images,labels}.npy with characters.csv', _ARRAYS, _read),
-                               ('omniglot-py/images_{background,evaluation}.zip', _ZIPS, _unpack)),
+
+def _arrays(root): return None if (p := _folder(root)) is None else tuple(str((p / f).absolute()) for f in _KEPT)
+def _drawn(root): return None if (found := _lying(root)) is None else tuple(str(p.absolute()) for _, p in found)
+
+OMNIGLOT = Source('omniglot', (('omniglot/{images,labels}.npy with characters.csv', _arrays, _read),
+                               ('omniglot-py/images_{background,evaluation}.zip', _ZIPS, _unpack),
+                               ('the folders they unpack to', _drawn, _unpack)),
                   '`relkd data get omniglot` fetches it', _get, ('resize',), {'retrieval': upright})

@@ -9,57 +9,99 @@ __all__ = ['TOP', 'TINY', 'TINYIMAGENET']
 import re
 import zipfile
 import zlib
+from dataclasses import replace
 
 import numpy as np
 
-from .arrays import plain_place, read_plain, whole_folder
-from .images import open_zip, save_images
-from .source import Source, download
+from .arrays import PLAIN, plain_place, read_plain, whole_folder
+from .entries import Entries, check_stamp, stamp
+from .finds import near
+from .forms import lines_of
+from .images import save_images
+from .source import Source, cache_root, download
 from .splits import halves
 
 # %% ../../nbs/data/09_tinyimagenet.ipynb #d3e12137
 TOP = 'tiny-imagenet-200'
+_TRAIN = r'train/(n\d+)/(?:images/)?([^/]+\.jpe?g)'
 
-def _lines(z, entry): # of a text; none if there is no such entry
-    if f'{TOP}/{entry}' not in z.namelist(): return []
-    try: return z.read(f'{TOP}/{entry}').decode().splitlines()
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{z.filename}: {entry} is damaged ({type(error).__name__}): get the file again") from error
+def _lines(e, name): # of a text; none if there is no such entry
+    if name not in e.names: return []
+    try: return lines_of(e.read(name), name)
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{e.path}: {name} is damaged ({type(error).__name__}): get the file again") from error
 
-def _contents(z):
+def _tested(e, top): # pairs (entry, class) of the test images, in the publisher's order
+    notes = [row.split('\t')[:2] for row in _lines(e, f'{top}val/val_annotations.txt')]
+    there = [m for n in e.names if (m := re.fullmatch(re.escape(top) + r'val/(?:(n\d+)/)?(?:images/)?([^/]+\.jpe?g)', n, re.I))]
+    found = {m[2].lower(): m[0] for m in there}
+    if notes: # the usual script moves the images into folders of classes, and may leave the list
+        return [(found.get(row[0].lower(), f'{top}val/images/{row[0]}'), row[-1]) for row in notes]
+    in_order = sorted((m for m in there if m[1]), key=lambda m: [int(n) for n in re.findall(r'\d+', m[2])] or [0])
+    return [(m[0], m[1]) for m in in_order]
+
+# %% ../../nbs/data/09_tinyimagenet.ipynb #e0494387
+def _contents(e):
     "Entries and labels of training and test images, and names of the classes. Raises ValueError if one is missing."
-    train = sorted(e for e in set(z.namelist()) if re.fullmatch(TOP + r'/train/n\d+/images/[\w.-]+\.JPEG', e))
-    test = [row.split('\t')[:2] for row in _lines(z, 'val/val_annotations.txt')]
-    if not train or not test:
-        lost = 'val/val_annotations.txt' if train else 'train/*/images/*.JPEG'
-        raise ValueError(f"{z.filename} holds no {TOP}/{lost}: it is not the publisher's Tiny ImageNet")
-    ids = sorted({e.split('/')[2] for e in train})
+    top = e.top(_TRAIN)
+    test = [] if top is None else _tested(e, top)
+    if not test:
+        lost = f'{TOP}/train/*/images/*.JPEG' if top is None else f'{top}val/val_annotations.txt'
+        raise ValueError(f"{e.path} holds no {lost}: it is not the publisher's Tiny ImageNet")
+    fits = (re.fullmatch(re.escape(top) + _TRAIN, n, re.I) for n in e.names)
+    train = sorted(((m[1], m[2], m[0]) for m in fits if m))
+    ids = sorted({wnid for wnid, *_ in train})
     number = {w: i for i, w in enumerate(ids)}
-    if lost := sorted({*_lines(z, 'wnids.txt'), *(row[-1] for row in test)} - {*ids, ''}):
-        raise ValueError(f"{z.filename} holds no training image of class {lost[0]}: it is not whole, get it again")
-    words = dict(row.split('\t')[:2] for row in _lines(z, 'words.txt') if '\t' in row)
+    if lost := sorted({*_lines(e, f'{top}wnids.txt'), *(wnid for _, wnid in test)} - {*ids, ''}):
+        raise ValueError(f"{e.path} holds no training image of class {lost[0]}: it is not whole, get it again")
+    words = dict(row.split('\t')[:2] for row in _lines(e, f'{top}words.txt') if '\t' in row)
     names = [f"{w} {words.get(w, '').split(',')[0]}".rstrip() for w in ids]
-    return {'train': (train, [number[e.split('/')[2]] for e in train]),
-            'test': ([f'{TOP}/val/images/{row[0]}' for row in test], [number[row[1]] for row in test])}, names
+    return {'train': ([n for *_, n in train], [number[w] for w, *_ in train]),
+            'test': ([n for n, _ in test], [number[w] for _, w in test])}, names
 
 # %% ../../nbs/data/09_tinyimagenet.ipynb #e2f721ce
-def _unpack(root, name):
-    "Decode the zip once into plain arrays, then read those."
-    path = root / f'{TOP}.zip'
-    with open_zip(path) as z:
-        parts, names = _contents(z)
-        with whole_folder(root / name) as folder:
-            for part, (entries, labels) in parts.items():
-                save_images(folder / f'{part}_images.npy', entries, z.read, path, 64)
-                small = np.uint8 if len(names) <= 256 else np.int64
-                np.save(folder / f'{part}_labels.npy', np.array(labels, dtype=small))
-            (folder / 'classes.txt').write_text(''.join(f'{n}\n' for n in names), encoding='utf-8')
-    return read_plain(root, name)
+def _source(root): # the zip, or a folder that holds train/
+    def whole(p): return p.suffix == '.zip' if p.is_file() else any(p.glob('train/n*')) or any(p.glob('*/train/n*'))
+    return next((p for p in near(root, 'tinyimagenet') if whole(p)), None)
 
+def _kept(root): # where its arrays are
+    folder = cache_root(root) / 'tinyimagenet'
+    return next((f for f in (folder / 'arrays', folder) if all((f / n).exists() for n in PLAIN)), None)
+
+def _read(root, name):
+    "The arrays made by `_unpack`, or the user's own."
+    folder, source = _kept(root), _source(root)
+    if source: check_stamp(folder, [source])
+    return replace(read_plain(folder.parent, folder.name), name=name)
+
+def _unpack(root, name):
+    "Decode the zip or the folder once into plain arrays, then read those."
+    source, folder = _source(root), cache_root(root) / name
+    if source.is_dir() and folder.exists() and source.samefile(folder): folder = folder / 'arrays'
+    with Entries(source) as e:
+        parts, names = _contents(e)
+        with whole_folder(folder) as part:
+            for split, (entries, labels) in parts.items():
+                save_images(part / f'{split}_images.npy', entries, e.read, source, 64)
+                small = np.uint8 if len(names) <= 256 else np.int64
+                np.save(part / f'{split}_labels.npy', np.array(labels, dtype=small))
+            (part / 'classes.txt').write_text(''.join(f'{n}\n' for n in names), encoding='utf-8')
+            stamp(part, [source])
+    return _read(root, name)
+
+# %% ../../nbs/data/09_tinyimagenet.ipynb #e83855f7
 TINY = {'url': 'http://cs231n.stanford.edu/tiny-imagenet-200.zip',
         'md5': '90528d7ca1a48142e341f4ef8d21d0de'}       # the sum that public loaders check
 
 def _get(root, progress): return download(path=root / f'{TOP}.zip', progress=progress, **TINY)
 
-TINYIMAGENET = Source('tinyimagenet', (plain_place('tinyimagenet'), (f'{TOP}.zip', (f'{TOP}.zip',), _unpack)),
+def _files(find): # of a place that is looked for: its path, or None
+    def files(root): return None if (path := find(root)) is None else (str(path.absolute()),)
+    return files
+
+def _arrays(root): # the files of the arrays
+    return None if (folder := _kept(root)) is None else tuple(str(folder / f) for f in PLAIN)
+
+TINYIMAGENET = Source('tinyimagenet', ((plain_place('tinyimagenet')[0], _arrays, _read),
+                                       (f'{TOP}.zip or the folder it unpacks to', _files(_source), _unpack)),
                       '`relkd data get tinyimagenet` fetches it', _get, splits={'retrieval': halves})

@@ -1,0 +1,417 @@
+"""Data in the forms that circulate: read with the publisher's fingerprint, or named in one line with what to do; nothing silently different."""
+import io
+import json
+import os
+import pickle
+import unicodedata
+import warnings
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_helpers import IDS, arrays, jpeg, one_line, tiny
+from PIL import Image
+
+from relkd.data import CLASSES, import_folder, inventory, load, unread
+from relkd.data.entries import Entries, check_stamp, stamp
+from relkd.data.finds import finds, near
+from relkd.data.forms import kind_of, lines_of, plain_name, read_pickle
+from relkd.data.images import read_pixels
+from relkd.records import load_records
+
+APPLE = bytes.fromhex("0005160700020000") + b"Mac OS X" + b"\0" * 80
+
+
+def encoded(a, fmt="PNG", **more):
+    out = io.BytesIO()
+    Image.fromarray(a).save(out, fmt, **more)
+    return out.getvalue()
+
+
+def picture(seed, size=84):
+    return np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8).repeat(size // 6, 0).repeat(size // 6, 1)
+
+
+# --- images
+
+@pytest.mark.parametrize("make", [
+    lambda a: encoded(a, "BMP"), lambda a: encoded(a, "TIFF"), lambda a: encoded(a, "GIF"), lambda a: encoded(a, "WEBP", lossless=True),
+    lambda a: encoded(a) + b"garbage", lambda a: encoded(a, "JPEG", quality=95, progressive=True),
+])
+def test_pixels_are_those_of_pillow(make):
+    content = make(picture(1))
+    want = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        assert np.array_equal(read_pixels(lambda: content, "x.png", "there"), want)
+
+
+@pytest.mark.parametrize("content, message", [
+    (encoded((picture(0)[..., 0].astype(np.uint16) * 257)), "image x.png has more than 8 bits a channel"),
+    (b"version https://git-lfs.github.com/spec/v1\noid", "image x.png is a git-lfs pointer: run `git lfs pull`"),
+    (b"<!DOCTYPE html><html>", "image x.png is a web page"),
+    (b"", "image x.png is empty: get it again"),
+    (b"\0\0\0\x20ftypheic" + b"\0" * 50, "image x.png is an image of a phone (HEIC or AVIF): save it as PNG"),
+    (encoded(picture(1), "JPEG")[:300], "image x.png is missing or damaged (OSError): get the file again"),
+])
+def test_an_image_that_cannot_be_read_is_called_what_it_is(content, message):
+    one_line(lambda: read_pixels(lambda: content, "x.png", "there"), message)
+
+
+# --- texts, names, pickles
+
+def test_texts_and_names_of_other_machines():
+    assert lines_of(b"\xef\xbb\xbfcat\r\ndog \r\n\r\n", "x") == ["cat", "dog"]
+    for content, what in (("熊猫\n".encode("gbk"), "UnicodeDecodeError"), ("cat\n".encode("utf-16"), "UTF-16")):
+        one_line(lambda: lines_of(content, "classes.txt"), "classes.txt cannot be read", what, "save it as UTF-8")
+    assert plain_name(unicodedata.normalize("NFD", "Käfer.JPG")) == plain_name("käfer.jpg") and kind_of(b"hello") == ""
+
+
+def test_a_pickle_makes_arrays_and_calls_nothing_else(tmp_path):
+    path, good = tmp_path / "x.pkl", {"image_data": np.arange(6, dtype=np.uint8).reshape(2, 3), "class_dict": {"n01": [0, 1]}}
+    for protocol in range(2, 6):
+        path.write_bytes(pickle.dumps(good, protocol))
+        assert np.array_equal(read_pickle(path)["image_data"], good["image_data"])
+
+    class Evil:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "executed",)
+
+    for bad in (pickle.dumps(Evil()), pickle.dumps(os.system), b"\x80\x04junk", b""):
+        path.write_bytes(bad)
+        one_line(lambda: read_pickle(path), "is no pickle of arrays")
+    assert not (tmp_path / "executed").exists()
+
+
+# --- folders and archives
+
+def entries_of(path):
+    with zipfile.ZipFile(path) as z:
+        return {n: z.read(n) for n in z.namelist() if ".." not in n}
+
+
+def as_zip(root, entries, name="tiny-imagenet-200.zip"):
+    with zipfile.ZipFile(root / name, "w") as z:
+        for n, content in entries.items():
+            z.writestr(zipfile.ZipInfo(n), content)
+
+
+def as_tree(root, entries):
+    for n, content in entries.items():
+        (root / n).parent.mkdir(parents=True, exist_ok=True)
+        (root / n).write_bytes(content)
+
+
+def in_class_folders(e, texts=False, images="images/"):
+    top, out = "tiny-imagenet-200/", {n: c for n, c in e.items() if "/val/images/" not in n}
+    for row in e[f"{top}val/val_annotations.txt"].decode().splitlines():
+        file, wnid = row.split("\t")[:2]
+        out[f"{top}val/{wnid}/{images}{file}"] = e[f"{top}val/images/{file}"]
+    return out if texts else {n: c for n, c in out.items() if not n.endswith(".txt")}
+
+
+TOP = "tiny-imagenet-200/"
+SHAPES = {
+    "unpacked": lambda r, e: as_tree(r, e),
+    "unpacked, val in folders of classes": lambda r, e: as_tree(r, in_class_folders(e)),
+    "in tinyimagenet/ itself": lambda r, e: as_tree(r, {n.replace(TOP, "tinyimagenet/"): c for n, c in in_class_folders(e).items()}),
+    "zip, val in folders of classes": lambda r, e: as_zip(r, in_class_folders(e)),
+    "zip, val in folders, texts kept": lambda r, e: as_zip(r, in_class_folders(e, True, "")),
+    "zip of a Mac": lambda r, e: as_zip(r, e | {f"__MACOSX/{n}": APPLE for n in e} | {n.replace("/n0", "/._n0"): APPLE for n in e if "/n0" in n}),
+    "zip with backslashes": lambda r, e: as_zip(r, {n.replace("/", "\\"): c for n, c in e.items()}),
+    "zip without the top folder": lambda r, e: as_zip(r, {n.removeprefix(TOP): c for n, c in e.items()}),
+    "zip with the top folder twice, another name": lambda r, e: as_zip(r, {TOP + n: c for n, c in e.items()}, "Tiny-ImageNet.zip"),
+    "texts with BOM and CRLF": lambda r, e: as_zip(r, {n: b"\xef\xbb\xbf" + c.replace(b"\n", b"\r\n") if n.endswith(".txt") else c
+                                                       for n, c in e.items()}),
+    "jpg, no images level": lambda r, e: as_zip(r, {n.replace(".JPEG", ".jpg").replace("/images/", "/") if "/train/" in n else n: c
+                                                    for n, c in e.items()}),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tiny_imagenet_in_any_shape_is_the_publishers(tmp_path, shape):
+    path = tiny(tmp_path / "published")
+    want, root = load("tinyimagenet", tmp_path / "published"), tmp_path / "other"
+    root.mkdir()
+    SHAPES[shape](root, entries_of(path))
+    assert unread(root) == []
+    got = load("tinyimagenet", root)
+    assert got.fingerprint == want.fingerprint and [c[:9] for c in got.classes] == sorted(IDS)
+    assert load("tinyimagenet", root).fingerprint == want.fingerprint, "and again from its arrays"
+
+
+def test_arrays_of_another_zip_are_not_read_and_a_cache_may_lie_elsewhere(tmp_path, monkeypatch):
+    root = tmp_path / "data"
+    path = tiny(root)
+    monkeypatch.setenv("RELKD_CACHE", str(tmp_path / "cache"))
+    want = load("tinyimagenet", root).fingerprint
+    assert [p.name for p in root.iterdir()] == [path.name] and load("tinyimagenet", root).fingerprint == want
+    tiny(root, **{"train/n01443537/images/n01443537_1.JPEG": jpeg(77)})
+    one_line(lambda: load("tinyimagenet", root), "was made of another tiny-imagenet-200.zip than lies there now: remove")
+
+
+def test_a_name_in_another_spelling_or_deeper_is_found_and_a_doubtful_one_is_not(tmp_path):
+    for n in ("a/Käfer.JPG", "a/twice.png", "b/twice.png"):
+        (tmp_path / n).parent.mkdir(exist_ok=True)
+        (tmp_path / unicodedata.normalize("NFD", n)).write_bytes(n.encode())
+    e = Entries(tmp_path)
+    assert e.read("Käfer.jpg") == e.read("a/käfer.jpg") == "a/Käfer.JPG".encode()
+    for name in ("twice.png", "none.png", "../a/twice.png"):
+        with pytest.raises(FileNotFoundError):
+            e.read(name)
+    (tmp_path / "kept").mkdir()
+    stamp(tmp_path / "kept", [tmp_path / "a"])
+    check_stamp(tmp_path / "kept", [tmp_path / "a", tmp_path / "gone"])
+
+
+# --- miniImageNet
+
+def copy(root, name="miniimagenet"):
+    folder = root / name
+    (folder / "images").mkdir(parents=True)
+    for k, split in enumerate(("train", "val", "test")):
+        rows = [(f"n{k}{c}_{i}.jpg", f"n{k}{c}") for c in range(2) for i in range(2)]
+        (folder / f"{split}.csv").write_text("filename,label\n" + "".join(f"{f},{c}\n" for f, c in rows))
+        for f, _ in rows:
+            (folder / "images" / f).write_bytes(encoded(picture(len(f) + k * 7 + int(f[4])), "JPEG", quality=95))
+    return folder
+
+
+def rewritten(change):
+    def of(folder):
+        for s in ("train", "val", "test"):
+            p = folder / f"{s}.csv"
+            p.write_bytes(change(p.read_text()).encode("utf-8"))
+    return of
+
+
+def zipped(folder):
+    as_zip(folder, {f"images/{p.name}": p.read_bytes() for p in (folder / "images").iterdir()}, "images.zip")
+    [p.unlink() for p in (folder / "images").iterdir()]
+    (folder / "images").rmdir()
+
+
+def deeper(folder):
+    (folder / "images").rename(folder / "im")
+    (folder / "images").mkdir()
+    (folder / "im").rename(folder / "images" / "images")
+
+
+COPIES = {
+    "as listed": lambda f: None,
+    "BOM": rewritten(lambda t: "\ufeff" + t), "semicolons": rewritten(lambda t: t.replace(",", ";")),
+    "blanks": rewritten(lambda t: t.replace(",", ", ")),
+    "other columns": rewritten(lambda t: t.replace("filename,label", "image_name,class_name")),
+    "capitals": lambda f: [p.rename(p.with_suffix(".JPG")) for p in list((f / "images").iterdir())],
+    "one folder deeper": deeper, "images.zip": zipped, "another name": lambda f: f.rename(f.with_name("mini-ImageNet")),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_miniimagenet_as_people_have_it(tmp_path, kind):
+    copy(tmp_path / "a")
+    want = load("miniimagenet", tmp_path / "a").fingerprint
+    COPIES[kind](copy(tmp_path / "b"))
+    assert load("miniimagenet", tmp_path / "b").fingerprint == load("miniimagenet", tmp_path / "b").fingerprint == want
+
+
+def test_miniimagenet_in_three_folders_and_in_two_pickles(tmp_path):
+    folder = copy(tmp_path / "a")
+    want = load("miniimagenet", tmp_path / "a")
+    images = want.images.permute(0, 2, 3, 1).numpy()
+    for k, split in enumerate(("train", "val", "test")):
+        for c in range(2):
+            for i in range(2):
+                to = tmp_path / "b" / "miniimagenet" / split / f"n{k}{c}"
+                to.mkdir(parents=True, exist_ok=True)
+                (to / f"n{k}{c}_{i}.jpg").write_bytes((folder / "images" / f"n{k}{c}_{i}.jpg").read_bytes())
+    assert load("miniimagenet", tmp_path / "b").fingerprint == want.fingerprint
+    for root, form, train in (("c", "mini-imagenet-cache-{}.pkl", "train"), ("d", "miniImageNet_category_split_{}.pickle", "train_phase_train")):
+        (tmp_path / root / "miniImagenet").mkdir(parents=True)
+        for k, split in enumerate(("train", "val", "test")):
+            part = images[4 * k:4 * k + 4]
+            d = {"image_data": part, "class_dict": {f"n{k}1": [2, 3], f"n{k}0": [0, 1]}} if root == "c" else {"data": part, "labels": [64, 64, 65, 65]}
+            (tmp_path / root / "miniImagenet" / form.format(train if split == "train" else split)).write_bytes(pickle.dumps(d, 2))
+        got = load("miniimagenet", tmp_path / root)
+        assert got.fingerprint == want.fingerprint and (root == "d" or got.classes == want.classes)
+
+
+def test_lists_or_images_that_were_replaced_are_noticed(tmp_path):
+    folder = copy(tmp_path)
+    load("miniimagenet", tmp_path)
+    val, test = ((folder / f"{s}.csv").read_text() for s in ("val", "test"))
+    (folder / "val.csv").write_text(test)
+    (folder / "test.csv").write_text(val)
+    one_line(lambda: load("miniimagenet", tmp_path), "was made of another val.csv than lies there now")
+    (folder / "val.csv").write_text(val)
+    (folder / "test.csv").write_text(test)
+    load("miniimagenet", tmp_path)
+    (folder / "images" / "n00_0.jpg").write_bytes(b"x")
+    one_line(lambda: load("miniimagenet", tmp_path), "was made of another images than lies there now")
+
+
+# --- Omniglot
+
+def drawings(invert=False, size=105):
+    out, n = {}, 0
+    for subset, alphabets in (("images_background", ("Latin", "Hebrew", "Armenian")), ("images_evaluation", ("Kannada", "Tibetan"))):
+        for a in alphabets:
+            for c in (1, 2):
+                n += 1
+                ink = np.zeros((size, size), bool)
+                ink[n:n + 9, 5 * c:size // 2] = True
+                out[f"{subset}/{a}/character{c:02}/{n:04}_01.png"] = encoded(((ink if invert else ~ink) * 255).astype(np.uint8))
+    return out
+
+
+def omniglot_zips(folder, entries):
+    folder.mkdir(parents=True)
+    for s in ("images_background", "images_evaluation"):
+        as_zip(folder, {n: c for n, c in entries.items() if n.startswith(s)}, f"{s}.zip")
+
+
+def test_omniglot_unpacked_or_in_a_clone_is_that_of_the_zips(tmp_path):
+    omniglot_zips(tmp_path / "a" / "omniglot-py", drawings())
+    want = load("omniglot", tmp_path / "a").fingerprint
+    as_tree(tmp_path / "b" / "omniglot-py", drawings())
+    omniglot_zips(tmp_path / "c" / "omniglot" / "python", drawings())
+    as_tree(tmp_path / "d" / "omniglot" / "data", {n.split("/", 1)[1]: c for n, c in drawings().items()})
+    for root in "bcd":
+        assert load("omniglot", tmp_path / root).fingerprint == load("omniglot", tmp_path / root).fingerprint == want
+    omniglot_zips(tmp_path / "e" / "omniglot-py", drawings(invert=True))
+    one_line(lambda: load("omniglot", tmp_path / "e"), "images_background.zip holds more ink than paper: its drawings are inverted")
+    as_tree(tmp_path / "f" / "omniglot_resized", {n.split("/", 1)[1]: c for n, c in drawings(size=28).items()})
+    one_line(lambda: load("omniglot", tmp_path / "f"), "must have 105 x 105 pixels; got 28 x 28: drawings that were shrunk cannot be brought back")
+
+
+# --- CIFAR
+
+def binary(folder, files, labels, n=3):
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    rows = {f: rng.integers(0, 10, (n, labels + 3072), dtype=np.uint8) for f in files}
+    for f, r in rows.items():
+        (folder / f).write_bytes(r.tobytes())
+    return rows
+
+
+def test_cifars_binary_version(tmp_path):
+    rows = binary(tmp_path / "a" / "cifar-100-binary", ("train.bin", "test.bin"), 2)
+    ten = [*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]
+    binary(tmp_path / "b" / "data" / "cifar-10-batches-bin", ten, 1)
+    with pytest.warns(UserWarning, match="holds 3 images for train; the publisher's has 50,000"):
+        d = load("cifar100", tmp_path / "a")
+    assert d.train_labels.tolist() == rows["train.bin"][:, 1].tolist() and d.classes == CLASSES["cifar100"]
+    assert np.array_equal(d.train_images[1].numpy().ravel(), rows["train.bin"][1, 2:])
+    with pytest.warns(UserWarning):
+        assert load("cifar10", tmp_path / "b").train_images.shape == (15, 3, 32, 32)
+    (tmp_path / "a" / "cifar-100-binary" / "test.bin").write_bytes(b"x" * 3075)
+    one_line(lambda: load("cifar100", tmp_path / "a"), "test.bin is no whole number of rows of 3,074 bytes")
+
+
+# --- what is not read is named, with what to do
+
+@pytest.mark.parametrize("name, file, content, expected", [
+    ("cifar100", "cifar100/train-00000-of-00001.parquet", b"PAR1", "found cifar100/train-00000-of-00001.parquet (parquet), which is not read: d = pandas.read_parquet("),
+    ("tinyimagenet", "tinyimagenet.npz", b"", "found tinyimagenet.npz (NumPy .npz), which is not read: z = np.load('tinyimagenet.npz')"),
+    ("miniimagenet", "mini-imagenet/train_data.hdf5", b"", "found mini-imagenet/train_data.hdf5 (HDF5)"),
+    ("miniimagenet", "miniimagenet/base.json", b"{}", "found miniimagenet/base.json (file lists), which is not read: write train.csv"),
+    ("cifar_fs", "CIFAR-FS/CIFAR_FS_train.pickle", b"", "found CIFAR-FS/CIFAR_FS_train.pickle (pickle)"),
+    ("cifar100", "cifar-100-python.tar.gz", b"", "`relkd data get cifar100` unpacks it"),
+    ("cifar10", "cifar10/train/frog/1.png", b"x", "found cifar10 (folders of images), which is not read: `relkd data import 'cifar10' OWN --size 32`"),
+    ("photos", "photos.npz", b"", "data set 'photos' is not in"),
+    ("photos", "photos/x_train.npy", b"", "found photos/x_train.npy (Keras's names), which is not read: rename x_train"),
+])
+def test_what_lies_there_in_another_form_is_named(tmp_path, typed, name, file, content, expected):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_bytes(content)
+    said = one_line(lambda: load(name, tmp_path), expected)
+    assert len(said) < 900 and finds(tmp_path, name)
+    if name != "photos":
+        assert any(f"{name:14} is not read from" in line for line in typed("data", "--data", tmp_path)[1].splitlines())
+
+
+def test_near_looks_one_folder_up_and_down(tmp_path):
+    for folder in ("cifar100/cifar-100-python", "data/CIFAR-100-python", "other/cifar-100-python"):
+        (tmp_path / folder).mkdir(parents=True)
+    found = [p.relative_to(tmp_path).as_posix() for p in near(tmp_path, "cifar100")]
+    assert sorted(found) == ["cifar100", "cifar100/cifar-100-python", "data/CIFAR-100-python"]
+    assert near(tmp_path / "cifar100" / "cifar-100-python", "cifar100") == [tmp_path / "cifar100" / "cifar-100-python"]
+
+
+# --- arrays
+
+@pytest.mark.parametrize("change, expected", [
+    ({"train_images": lambda x: (x / 255).astype(np.float32)}, "np.save it again with x = (x * 255).round().astype(np.uint8)"),
+    ({"train_images": lambda x: x.transpose(0, 3, 1, 2)}, "np.save it again with x = x.transpose(0, 2, 3, 1)"),
+    ({"train_images": lambda x: x[..., 0]}, "np.save it again with x = x[..., None]"),
+    ({"train_labels": lambda y: y[:, None]}, "np.save it again with y = y.ravel()"),
+    ({"train_labels": lambda y: np.eye(2)[y]}, "np.save it again with y = y.argmax(1), if it is one-hot"),
+    ({"train_labels": lambda y: y.astype(float)}, "np.save it again with y = y.astype(np.int64)"),
+    ({"train_labels": lambda y: y.astype("U1")}, "np.save it again with names, y = np.unique(y, return_inverse=True)"),
+    ({"train_labels": lambda y: y + 1, "test_labels": lambda y: y + 1}, "hold 2 labels from 1 to 2, and must hold 0 to 1: np.save np.searchsorted"),
+    ({"train_labels": lambda y: y * 7, "test_labels": lambda y: y * 7}, "hold 2 labels from 0 to 7, and must hold 0 to 1"),
+])
+def test_arrays_that_do_not_fit_are_refused_with_what_makes_them_fit(tmp_path, change, expected):
+    folder = arrays(tmp_path / "own")
+    for what, f in change.items():
+        np.save(folder / f"{what}.npy", f(np.load(folder / f"{what}.npy")))
+    one_line(lambda: load("own", tmp_path), expected)
+
+
+def test_a_class_that_is_only_tested_a_constant_channel_and_an_odd_list_of_classes(tmp_path):
+    folder = arrays(tmp_path / "own")
+    np.save(folder / "test_labels.npy", np.array([0, 1, 2, 3]))
+    with pytest.warns(UserWarning, match=r"holds no image of class 2, which is tested \(2 such classes\)"):
+        load("own", tmp_path)
+    x = np.load(arrays(tmp_path / "flat") / "train_images.npy")
+    np.save(tmp_path / "flat" / "train_images.npy", np.concatenate([x[..., :2], x[..., 2:] * 0 + 7], -1))
+    d = load("flat", tmp_path)
+    with pytest.warns(UserWarning, match="channel 2 of flat is the same in all training images"):
+        assert d.normalise(d.train_images).isfinite().all() and d.mean_std[1][2] == 1
+    for text, names in ((b"\xef\xbb\xbfcat\r\ndog \r\n\r\n", ("cat", "dog")), (b"cat\ndog\n\n", ("cat", "dog"))):
+        (tmp_path / "flat" / "classes.txt").write_bytes(text)
+        assert load("flat", tmp_path).classes == names
+    (tmp_path / "flat" / "classes.txt").write_text("cat\ncat\n")
+    one_line(lambda: load("flat", tmp_path), "classes.txt names 'cat' twice")
+
+
+# --- import, records, homes
+
+def test_a_folder_is_imported_once(tmp_path, typed):
+    for split, n in (("train", 3), ("val", 2), ("test", 1)):
+        for c in ("ant", "bee"):
+            for i in range(n):
+                as_tree(tmp_path / "pets", {f"{split}/{c}/{i}.png": encoded(picture(i + len(c), 12 if i else 18))})
+    code, out, err = typed("data", "import", tmp_path / "pets", "mine", "--size", "12", "--data", tmp_path / "data")
+    assert code == 0 and "6 train, 4 val and 2 test images, 3 x 12 x 12, 2 classes" in out
+    assert load("mine", tmp_path / "data").fingerprint == load(str(tmp_path / "pets"), size=12).fingerprint
+    assert "mine" in {e["name"] for e in inventory(tmp_path / "data")}
+    one_line(lambda: import_folder(tmp_path / "pets", "mine", tmp_path / "data", 12), "is there already")
+    one_line(lambda: import_folder(tmp_path / "pets" / "train", "x", tmp_path), "must hold train/CLASS/")
+
+
+def test_a_cell_counts_once(tmp_path):
+    folder = tmp_path / "records" / "toy"
+    folder.mkdir(parents=True)
+    record = {"version": 2, "recipe": "toy", "row": "RKD-D", "variant": {"shot": 5}, "seed": 3, "run": "a", "headline": "top-1", "last": 55.,
+              "tests": {}, "protocol": {}, "epochs": []}
+    (folder / "rkd-d-5-shot-seed3.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(record).encode())
+    (folder / "rkd-d-5-shot-seed3 (1).json").write_text(json.dumps(record))
+    (folder / "._rkd-d-5-shot-seed3.json").write_bytes(APPLE)
+    assert load_records(tmp_path, "toy") == [record]
+    (folder / "rkd-d-5-shot-seed3 (1).json").write_text(json.dumps(record | {"last": 60.}))
+    one_line(lambda: load_records(tmp_path, "toy"), "rkd-d-5-shot-seed3 (1).json", "rkd-d-5-shot-seed3.json are two records of one cell, and differ")
+
+
+def test_a_home_is_no_folder_called_tilde(tmp_path, typed, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    arrays(tmp_path / "home" / "data" / "own")
+    assert "own" in typed("data", "--data=~/data")[1]
+    monkeypatch.setenv("RELKD_DATA", "~/data")
+    assert "own" in typed("data")[1] and load("own").classes == ("0", "1")
+    code, _, err = typed("table", "digits", "--out=~/new")
+    assert code == 2 and str(tmp_path / "home" / "new") in err and not (tmp_path / "~").exists()
