@@ -107,8 +107,10 @@ def test_at_large_powers_ask_for_the_hottest_position():
 
 
 @pytest.mark.parametrize("p", [1, 2, 3])
-def test_at_says_nothing_without_positions(p):
-    value, (g,) = value_and_gradients(lambda s: AT(p)(s, torch.randn(4, 9, 1, 1)), torch.randn(4, 5, 1, 1))
+def test_attention_says_nothing_without_positions(p):
+    """Hence AT refuses such maps."""
+    value, (g,) = value_and_gradients(lambda s: (attention(s, p) - attention(torch.randn(4, 9, 1, 1), p)).pow(2).mean(),
+                                      torch.randn(4, 5, 1, 1))
     assert value == 0 and g.abs().max() == 0
 
 
@@ -139,8 +141,8 @@ f4, e2 = torch.rand(4, 3, 2, 2), torch.rand(4, 3)
 
 
 ERRORS = [
-    (lambda: AT(p=.5), "AT needs a power of at least 1; got p = 0.5"),
-    (lambda: AT(p=float("nan")), "AT needs a power of at least 1; got p = nan"),
+    (lambda: AT(p=.5), "AT needs a finite power of at least 1; got p = 0.5"),
+    (lambda: AT(p=float("nan")), "AT needs a finite power of at least 1; got p = nan"),
     (lambda: AT()(e2, f4), r"AT needs student maps of shape \(N, C, H, W\), floating point; "
                            r"got \(4, 3\), torch.float32: take a layer before the pooling"),
     (lambda: AT()([f4, [f4]], [f4, f4]), "got list"),

@@ -20,8 +20,8 @@ TOLERANCES = [(torch.float32, 5e-6), (torch.float64, 1e-12)]
 
 @st.composite
 def maps(draw, same_size=True):
-    n, cs, ct, h, w = (draw(st.integers(1, 5)) for _ in range(5))
-    ht, wt = (h, w) if same_size else (draw(st.integers(1, 8)), draw(st.integers(1, 8)))
+    n, cs, ct, h, w = (*(draw(st.integers(1, 5)) for _ in range(4)), draw(st.integers(2, 5)))
+    ht, wt = (h, w) if same_size else (draw(st.integers(1, 8)), draw(st.integers(2, 8)))
     g, size = gen(draw(st.integers(0, 10**6))), 10 ** draw(st.floats(-2, 2))
     return torch.randn(n, cs, h, w, generator=g, dtype=torch.float64) * size, torch.randn(n, ct, ht, wt, generator=g, dtype=torch.float64)
 
@@ -337,9 +337,9 @@ given_pair = torch.rand(4, 3), torch.rand(4, 5)
 
 
 ERRORS = [
-    (lambda: CRD(0, 5, 20), "CRD needs in_features, out_features, feat_dim and negatives of at least 1 and 2 samples "
-                            "or more; got 0, 5, 128, 16384 and 20"),
-    (lambda: CRD(3, 5, 1), "got 3, 5, 128, 16384 and 1"),
+    (lambda: CRD(0, 5, 20), "CRD needs in_features, out_features and negatives of at least 1, feat_dim and samples "
+                            "of at least 2; got 0, 5, 16384, 128 and 20"),
+    (lambda: CRD(3, 5, 1), "got 3, 5, 16384, 128 and 1"),
     (lambda: CRD(3, 5, 20, T=0), "CRD needs T above 0, momentum from 0 to below 1 and eps of at least 0; got 0, 0.5 and 1e-07"),
     (lambda: CRD(3, 5, 20, momentum=1), "got 0.07, 1 and 1e-07"),
     (lambda: CRD(3, 5, 20, classes=torch.rand(20)), r"got \(20,\), torch.float32"),

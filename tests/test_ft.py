@@ -77,7 +77,7 @@ def test_ft_worked_on_paper_and_the_papers_norm():
 
 
 @many
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(1, 5), st.integers(0, 10**6))
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 5), st.integers(2, 5), st.integers(0, 10**6))
 def test_mean_is_the_norm_over_the_number_of_entries_for_p_1(n, m, h, w, seed):
     s, t = randn(n, 2, h, w, seed=seed, dtype=torch.float64), randn(n, m, h, w, seed=seed + 1, dtype=torch.float64)
     mean, norm = (ft(2, m, rate=1, reduction=r, dtype=torch.float64) for r in ("mean", "norm"))
@@ -249,7 +249,7 @@ ERRORS = [
     (lambda: FT(3, 5, rate=.05), "FT needs a rate that leaves a factor at least 1 channel; got rate = 0.05 of 5 channels"),
     (lambda: FT(3, 5, rate=float("nan")), "got rate = nan"),
     (lambda: FT(3, 5, rate=float("inf")), "got rate = inf"),
-    (lambda: FT(3, 5, p=.5), "FT needs a power of at least 1; got p = 0.5"),
+    (lambda: FT(3, 5, p=.5), "FT needs a finite power of at least 1; got p = 0.5"),
     (lambda: FT(3, 5, reduction="sum"), "FT needs reduction to be one of 'mean', 'norm'; got 'sum'"),
     (lambda: FT(3, 5, reconstruction="mse"), "FT needs reconstruction to be one of 'l1', 'l2'; got 'mse'"),
     (lambda: FT(3, 5, batchnorm="student"), "FT needs batchnorm to be one of False, True, 'translator'; got 'student'"),
@@ -261,7 +261,7 @@ ERRORS = [
     (lambda: FT(3, 3)(f4, e2), r"FT needs teacher maps of shape \(N, C, H, W\), floating point; "
                                r"got \(4, 3\), torch.float32: take a layer before the pooling"),
     (lambda: FT.from_features(f4, None), "FT needs teacher maps"),
-    (lambda: FTShortcut(p=0), "FTShortcut needs a power of at least 1; got p = 0"),
+    (lambda: FTShortcut(p=0), "FTShortcut needs a finite power of at least 1; got p = 0"),
 ]
 
 

@@ -25,7 +25,7 @@ def test_kd_against_torchdistill():
 
 
 ERRORS = [
-    (lambda: KD(T=0), "KD needs a temperature above 0; got T = 0"),
+    (lambda: KD(T=0), "KD needs a finite temperature above 0; got T = 0"),
     (lambda: KD()(torch.zeros(4, 10), torch.zeros(4, 9)),
      r"KD needs logits of the same samples and classes, at least one; got \(4, 10\) and \(4, 9\)"),
 ]

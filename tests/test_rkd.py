@@ -16,7 +16,7 @@ RELATIONAL = [RKDDistance(), RKDAngle(), RKD(), RKDDistance(distinct=True), RKDA
 
 @st.composite
 def batches(draw, least=3):
-    n, ds, dt, seed = draw(st.integers(least, 9)), draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(st.integers(0, 10**6))
+    n, ds, dt, seed = draw(st.integers(least, 9)), draw(st.integers(2, 6)), draw(st.integers(2, 6)), draw(st.integers(0, 10**6))
     g = torch.Generator().manual_seed(seed)
     size, shift = 10 ** draw(st.floats(-2, 2)), draw(st.floats(-5, 5))
     return torch.randn(n, ds, generator=g, dtype=torch.float64) * size + shift, torch.randn(n, dt, generator=g, dtype=torch.float64)
@@ -63,8 +63,7 @@ def test_distinct_is_a_fixed_factor_for_points_in_general_position(pair):
     s, t = pair
     n = len(s)
     torch.testing.assert_close(RKDDistance(True)(s, t), RKDDistance()(s, t) * n / (n - 1))
-    if s.shape[1] > 1 and t.shape[1] > 1:
-        torch.testing.assert_close(RKDAngle(True)(s, t), RKDAngle()(s, t) * n**2 / ((n - 1) * (n - 2)))
+    torch.testing.assert_close(RKDAngle(True)(s, t), RKDAngle()(s, t) * n**2 / ((n - 1) * (n - 2)))
 
 
 @pytest.mark.parametrize("n", [3, 8, 33])
@@ -110,8 +109,11 @@ def test_one_duplicate_does_not_explode_the_angle_gradient():
     assert largest(unit_differences) < 1
 
 
-def test_a_weight_of_zero_needs_no_triplets():
-    s, t = torch.randn(2, 3), torch.randn(2, 3)
-    assert RKD(w_angle=0)(s, t) < 1e-10
-    with pytest.raises(ValueError, match="at least 3"):
+def test_a_weight_of_zero_needs_no_angles():
+    """A student of one number has none; two samples teach nothing, with angles or without."""
+    s, t = torch.randn(4, 1), torch.randn(4, 3)
+    assert RKD(w_angle=0)(s, t) == 25 * RKDDistance()(s, t)
+    with pytest.raises(ValueError, match="at least 2 numbers"):
         RKD()(s, t)
+    with pytest.raises(ValueError, match="at least 3 samples"):
+        RKD(w_angle=0)(s[:2], t[:2])

@@ -64,6 +64,7 @@ UNREAD = ( # pattern of a file's name, what it is, what makes plain arrays (N, H
     ('*.mat', "MATLAB's .mat", "d = scipy.io.loadmat('{file}'); x, y = d['data'], d['labels'].ravel() - 1; " + _SAVE),
 )
 
+# %% ../../nbs/data/05_finds.ipynb #e617894d
 _IMAGE = re.compile(r'\.(png|jpe?g|bmp|webp|tiff?)$', re.I)
 
 def _image_folders(place): # a find, or None

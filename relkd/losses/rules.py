@@ -8,7 +8,7 @@ __all__ = ['RULES', 'Asked', 'given', 'step', 'same', 'remembered', 'of_an_infer
            'without_float64', 'deterministic', 'beside_the_example', 'of_float8', 'at_rest', 'modes_kept', 'in_threads',
            'teaches_or_refuses', 'check']
 
-# %% ../../nbs/losses/23_rules.ipynb #20b1af50
+# %% ../../nbs/losses/23_rules.ipynb #58215225
 import threading
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .state import looking
 
-# %% ../../nbs/losses/23_rules.ipynb #dce89d76
+# %% ../../nbs/losses/23_rules.ipynb #b099a254
 class Asked(NamedTuple):
     "A loss and a batch for it."
     make:object    # a function without arguments: the loss, each time the same
@@ -56,7 +56,7 @@ def remembered(loss) -> list: # of tensors
     "Copies of what a loss remembers."
     return [b.clone() for b in loss.buffers()]
 
-# %% ../../nbs/losses/23_rules.ipynb #bacf4577
+# %% ../../nbs/losses/23_rules.ipynb #ea5da2bd
 def _in_a_thread(f):
     "What `f` gives, or raises, in a thread of its own."
     out = []
@@ -81,7 +81,8 @@ def after_inference(asked):
     def looked():
         loss, twice = asked.make(), [torch.cat([x, x + 1]) for x in asked.student]
         with torch.inference_mode():
-            loss(given(twice), given([torch.cat([t, t]) for t in asked.teacher]), **{k: torch.cat([v, v]) for k, v in asked.more.items()})
+            more = {k: torch.cat([v, v]) for k, v in asked.more.items()}
+            loss(given(twice), given([torch.cat([t, t]) for t in asked.teacher]), **more)
         return step(asked, loss)
     return same(_in_a_thread(lambda: step(asked)), _in_a_thread(looked))
 
@@ -92,7 +93,7 @@ def made_in_inference(asked):
         loss = kind.from_features(given(asked.student), given(asked.teacher), labels=labels)
     return not any(p.is_inference() for p in (*loss.parameters(), *loss.buffers()))
 
-# %% ../../nbs/losses/23_rules.ipynb #f4d73bc1
+# %% ../../nbs/losses/23_rules.ipynb #7931dfb0
 def overflowed(asked):
     "A batch of infinite numbers leaves no trace; where only one side overflowed, nothing infinite."
     loss = asked.make()
@@ -120,8 +121,8 @@ def checkpointed(asked):
     "In a checkpoint, reentrant or not: value, gradients and state are the same."
     def through(reentrant):
         def run(loss, s, t):
-            return checkpoint(lambda *x: loss(given(list(x[:len(s)])), given(list(x[len(s):])), **asked.more), *s, *t,
-                              use_reentrant=reentrant)
+            def called(*x): return loss(given(list(x[:len(s)])), given(list(x[len(s):])), **asked.more)
+            return checkpoint(called, *s, *t, use_reentrant=reentrant)
         return run
     found = []
     for way in (None, through(False), through(True)):
@@ -129,7 +130,7 @@ def checkpointed(asked):
         found.append([*step(asked, loss, through=way), *step(asked, loss, through=way), *remembered(loss)])
     return same(found[0], found[1]) and same(found[0], found[2])
 
-# %% ../../nbs/losses/23_rules.ipynb #13141dda
+# %% ../../nbs/losses/23_rules.ipynb #1884c454
 class Watched(TorchDispatchMode):
     "Looks at every operation, and at what it gives."
     def __init__(self, look):
@@ -152,7 +153,6 @@ def without_float64(asked):
         narrow = step(asked)
     return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item()) for a, b in zip(narrow, step(asked)))
 
-# %% ../../nbs/losses/23_rules.ipynb #164dcc74
 def deterministic(asked):
     "No adaptive pooling in the backward pass of maps whose sizes divide."
     names, n = set(), len(asked.student)
@@ -162,7 +162,7 @@ def deterministic(asked):
         step(asked, student=sized(asked.student, 4), teacher=sized(asked.teacher, 2))
     return not any('adaptive' in n and 'backward' in n for n in names)
 
-# %% ../../nbs/losses/23_rules.ipynb #ad08349c
+# %% ../../nbs/losses/23_rules.ipynb #9c1709d4
 def beside_the_example(asked):
     "Parameters and buffers from an example on another device are there."
     kind = type(asked.make())
@@ -178,7 +178,7 @@ def of_float8(asked):
         a, b = (asked.make()(*map(given, layers), **asked.more) for layers in (short, wide))
     return torch.equal(a, b)
 
-# %% ../../nbs/losses/23_rules.ipynb #27e3e480
+# %% ../../nbs/losses/23_rules.ipynb #a962f678
 def at_rest(asked):
     "What wants a gradient has one; the rest has none, and neither decay nor momentum of a first stage moves it."
     loss = asked.make()
@@ -214,7 +214,7 @@ def in_threads(asked):
     for t in threads: t.join()
     return all(f is not None and same(f, plain) for f in found)
 
-# %% ../../nbs/losses/23_rules.ipynb #9d162fda
+# %% ../../nbs/losses/23_rules.ipynb #f9084167
 def _smallest(asked):
     "Student's layers, teacher's layers and the rest of a call, cut down in each size."
     for n in (1, 2):
@@ -233,7 +233,7 @@ def teaches_or_refuses(asked):
             return False
     return True
 
-# %% ../../nbs/losses/23_rules.ipynb #a7f6dd48
+# %% ../../nbs/losses/23_rules.ipynb #8958c323
 RULES = {
     'teacher in inference_mode': of_an_inference_teacher,
     'after inference_mode': after_inference,

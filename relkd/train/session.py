@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'DEVICES', 'M_TRIM_THRESHOLD', 'M_TOP_PAD', 'M_MMAP_THRESHOLD', 'chosen_device', 'chosen_precision',
-           'bf16_is_native', 'make_fabric', 'keep_memory', 'Stopped', 'Stop', 'Saver', 'Stdout', 'Session']
+           'bf16_is_native', 'Alone', 'make_fabric', 'keep_memory', 'Stopped', 'Stop', 'Saver', 'Stdout', 'Session']
 
 # %% ../../nbs/lab/12_session.ipynb #fac69c49
 import atexit
@@ -15,6 +15,7 @@ import signal
 import sys
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -53,17 +54,42 @@ def bf16_is_native() -> bool:
     tests = '_is_avx512_bf16_supported', '_is_amx_tile_supported'
     return any(getattr(torch.cpu, t)() for t in tests if hasattr(torch.cpu, t))
 
+# %% ../../nbs/lab/12_session.ipynb #56299260
+class Alone:
+    "What Lightning's Fabric is to a run, for one process on one device."
+    global_rank, world_size, is_global_zero = 0, 1, True
+
+    def __init__(self,
+        device:str,    # 'cpu' or 'cuda'
+        precision:str, # '32-true' or 'bf16-mixed'
+    ):
+        self.device, self.half = torch.device(device, 0) if device == 'cuda' else torch.device(device), precision == 'bf16-mixed'
+
+    def autocast(self): # context of a forward pass
+        return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.half else nullcontext()
+
+    def backward(self, loss:torch.Tensor): loss.backward()
+
 # %% ../../nbs/lab/12_session.ipynb #b0fb06db
 def _leave():
     "Close the connections between processes before Python ends, which else may abort."
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
+def _fabric_class():
+    for name in ('lightning.fabric', 'lightning.pytorch.utilities.rank_zero', 'lightning_fabric', 'lightning_fabric.utilities.rank_zero'):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        from lightning_fabric import Fabric
+    except ImportError:
+        from lightning.fabric import Fabric
+    return Fabric
+
 def make_fabric(
     device:str='auto',   # 'auto', 'cpu' or 'cuda'
     precision:str=None,  # '32' or 'bf16'; by default bf16 on a GPU and 32 on a CPU
 ):
-    "Lightning Fabric on one device. Raises ValueError for a device that is not there, and for an unknown precision."
+    "One process on one device, or Fabric under `torchrun`. Raises ValueError for a device that is not there, and an unknown precision."
     device = chosen_device(device)
     precision = chosen_precision(device, precision)
     if device == 'cpu':
@@ -71,16 +97,14 @@ def make_fabric(
     if precision == 'bf16-mixed' and device == 'cpu' and not bf16_is_native():
         warnings.warn("this CPU has neither avx512_bf16 nor AMX: bf16 is slow here; --precision 32 is faster")
     world, local = int(os.environ.get('WORLD_SIZE', 1)), int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    several = {'devices': local, 'num_nodes': world // local, 'strategy': 'ddp'} if world > 1 else {'devices': 1}
+    if world == 1:
+        return Alone(device, precision)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        for name in ('fabric', 'fabric.utilities.rank_zero', 'pytorch.utilities.rank_zero'):
-            logging.getLogger(f'lightning.{name}').setLevel(logging.ERROR)
-        from lightning.fabric import Fabric
-        fabric = Fabric(accelerator=device, precision=precision, **several)
+        Fabric = _fabric_class()
+        fabric = Fabric(accelerator=device, precision=precision, devices=local, num_nodes=world // local, strategy='ddp')
         fabric.launch()
-    if world > 1:
-        atexit.register(_leave)
+    atexit.register(_leave)
     return fabric
 
 # %% ../../nbs/lab/12_session.ipynb #f45fe076
@@ -181,7 +205,7 @@ class Session:
 
     def fabric(self,
         precision:str=None, # that is asked for; by default the one at hand, else the session's
-    ): # lightning.fabric.Fabric, made once for each precision
+    ): # Alone, or Lightning's Fabric under `torchrun`; made once for each precision
         "Device and processes in a precision."
         wanted = chosen_precision(self.device, precision or self._made or self.precision)
         if wanted != self._made:
