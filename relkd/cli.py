@@ -133,8 +133,11 @@ def table(
 ):
     "Draw a table and its figure again from the records, without training."
     wanted = _wanted(name, epochs=epochs, settings=settings)
-    from relkd.tables.paired import as_text, draw
+    from relkd.records import load_records
+    from relkd.tables.paired import as_text, draw, lacking
     print(as_text(draw(wanted, out)) + (f'\n\ncut down: {wanted.cut}' if wanted.cut else ''))
+    for line in lacking(load_records(out, wanted.name)):
+        print(f'relkd: {line}', file=sys.stderr)
 
 # %% ../nbs/lab/40_cli.ipynb #648d5c73
 @app.command()

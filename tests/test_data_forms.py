@@ -1,4 +1,4 @@
-"""Data in the forms that circulate: read with the publisher's fingerprint, or named in one line with what to do; nothing silently different."""
+"""Data in the forms that circulate: read with the publisher's fingerprint, or named in one line with what to do."""
 import io
 import json
 import os
@@ -119,7 +119,8 @@ SHAPES = {
     "in tinyimagenet/ itself": lambda r, e: as_tree(r, {n.replace(TOP, "tinyimagenet/"): c for n, c in in_class_folders(e).items()}),
     "zip, val in folders of classes": lambda r, e: as_zip(r, in_class_folders(e)),
     "zip, val in folders, texts kept": lambda r, e: as_zip(r, in_class_folders(e, True, "")),
-    "zip of a Mac": lambda r, e: as_zip(r, e | {f"__MACOSX/{n}": APPLE for n in e} | {n.replace("/n0", "/._n0"): APPLE for n in e if "/n0" in n}),
+    "zip of a Mac": lambda r, e: as_zip(r, e | {f"__MACOSX/{n}": APPLE for n in e}
+                                        | {n.replace("/n0", "/._n0"): APPLE for n in e if "/n0" in n}),
     "zip with backslashes": lambda r, e: as_zip(r, {n.replace("/", "\\"): c for n, c in e.items()}),
     "zip without the top folder": lambda r, e: as_zip(r, {n.removeprefix(TOP): c for n, c in e.items()}),
     "zip with the top folder twice, another name": lambda r, e: as_zip(r, {TOP + n: c for n, c in e.items()}, "Tiny-ImageNet.zip"),
@@ -228,11 +229,13 @@ def test_miniimagenet_in_three_folders_and_in_two_pickles(tmp_path):
                 to.mkdir(parents=True, exist_ok=True)
                 (to / f"n{k}{c}_{i}.jpg").write_bytes((folder / "images" / f"n{k}{c}_{i}.jpg").read_bytes())
     assert load("miniimagenet", tmp_path / "b").fingerprint == want.fingerprint
-    for root, form, train in (("c", "mini-imagenet-cache-{}.pkl", "train"), ("d", "miniImageNet_category_split_{}.pickle", "train_phase_train")):
+    for root, form, train in (("c", "mini-imagenet-cache-{}.pkl", "train"),
+                              ("d", "miniImageNet_category_split_{}.pickle", "train_phase_train")):
         (tmp_path / root / "miniImagenet").mkdir(parents=True)
         for k, split in enumerate(("train", "val", "test")):
             part = images[4 * k:4 * k + 4]
-            d = {"image_data": part, "class_dict": {f"n{k}1": [2, 3], f"n{k}0": [0, 1]}} if root == "c" else {"data": part, "labels": [64, 64, 65, 65]}
+            named = {"image_data": part, "class_dict": {f"n{k}1": [2, 3], f"n{k}0": [0, 1]}}
+            d = named if root == "c" else {"data": part, "labels": [64, 64, 65, 65]}
             (tmp_path / root / "miniImagenet" / form.format(train if split == "train" else split)).write_bytes(pickle.dumps(d, 2))
         got = load("miniimagenet", tmp_path / root)
         assert got.fingerprint == want.fingerprint and (root == "d" or got.classes == want.classes)
@@ -283,7 +286,8 @@ def test_omniglot_unpacked_or_in_a_clone_is_that_of_the_zips(tmp_path):
     omniglot_zips(tmp_path / "e" / "omniglot-py", drawings(invert=True))
     one_line(lambda: load("omniglot", tmp_path / "e"), "images_background.zip holds more ink than paper: its drawings are inverted")
     as_tree(tmp_path / "f" / "omniglot_resized", {n.split("/", 1)[1]: c for n, c in drawings(size=28).items()})
-    one_line(lambda: load("omniglot", tmp_path / "f"), "must have 105 x 105 pixels; got 28 x 28: drawings that were shrunk cannot be brought back")
+    one_line(lambda: load("omniglot", tmp_path / "f"),
+             "must have 105 x 105 pixels; got 28 x 28: drawings that were shrunk cannot be brought back")
 
 
 # --- CIFAR
@@ -314,13 +318,15 @@ def test_cifars_binary_version(tmp_path):
 # --- what is not read is named, with what to do
 
 @pytest.mark.parametrize("name, file, content, expected", [
-    ("cifar100", "cifar100/train-00000-of-00001.parquet", b"PAR1", "found cifar100/train-00000-of-00001.parquet (parquet), which is not read: d = pandas.read_parquet("),
+    ("cifar100", "cifar100/train-00000-of-00001.parquet", b"PAR1",
+     "found cifar100/train-00000-of-00001.parquet (parquet), which is not read: d = pandas.read_parquet("),
     ("tinyimagenet", "tinyimagenet.npz", b"", "found tinyimagenet.npz (NumPy .npz), which is not read: z = np.load('tinyimagenet.npz')"),
     ("miniimagenet", "mini-imagenet/train_data.hdf5", b"", "found mini-imagenet/train_data.hdf5 (HDF5)"),
     ("miniimagenet", "miniimagenet/base.json", b"{}", "found miniimagenet/base.json (file lists), which is not read: write train.csv"),
     ("cifar_fs", "CIFAR-FS/CIFAR_FS_train.pickle", b"", "found CIFAR-FS/CIFAR_FS_train.pickle (pickle)"),
     ("cifar100", "cifar-100-python.tar.gz", b"", "`relkd data get cifar100` unpacks it"),
-    ("cifar10", "cifar10/train/frog/1.png", b"x", "found cifar10 (folders of images), which is not read: `relkd data import 'cifar10' OWN --size 32`"),
+    ("cifar10", "cifar10/train/frog/1.png", b"x",
+     "found cifar10 (folders of images), which is not read: `relkd data import 'cifar10' OWN --size 32`"),
     ("photos", "photos.npz", b"", "data set 'photos' is not in"),
     ("photos", "photos/x_train.npy", b"", "found photos/x_train.npy (Keras's names), which is not read: rename x_train"),
 ])
@@ -351,7 +357,8 @@ def test_near_looks_one_folder_up_and_down(tmp_path):
     ({"train_labels": lambda y: np.eye(2)[y]}, "np.save it again with y = y.argmax(1), if it is one-hot"),
     ({"train_labels": lambda y: y.astype(float)}, "np.save it again with y = y.astype(np.int64)"),
     ({"train_labels": lambda y: y.astype("U1")}, "np.save it again with names, y = np.unique(y, return_inverse=True)"),
-    ({"train_labels": lambda y: y + 1, "test_labels": lambda y: y + 1}, "hold 2 labels from 1 to 2, and must hold 0 to 1: np.save np.searchsorted"),
+    ({"train_labels": lambda y: y + 1, "test_labels": lambda y: y + 1},
+     "hold 2 labels from 1 to 2, and must hold 0 to 1: np.save np.searchsorted"),
     ({"train_labels": lambda y: y * 7, "test_labels": lambda y: y * 7}, "hold 2 labels from 0 to 7, and must hold 0 to 1"),
 ])
 def test_arrays_that_do_not_fit_are_refused_with_what_makes_them_fit(tmp_path, change, expected):
@@ -396,14 +403,38 @@ def test_a_folder_is_imported_once(tmp_path, typed):
 def test_a_cell_counts_once(tmp_path):
     folder = tmp_path / "records" / "toy"
     folder.mkdir(parents=True)
-    record = {"version": 2, "recipe": "toy", "row": "RKD-D", "variant": {"shot": 5}, "seed": 3, "run": "a", "headline": "top-1", "last": 55.,
-              "tests": {}, "protocol": {}, "epochs": []}
+    record = {"version": 2, "recipe": "toy", "row": "RKD-D", "variant": {"shot": 5}, "seed": 3, "run": "a",
+              "headline": "top-1", "last": 55., "tests": {}, "protocol": {}, "epochs": []}
     (folder / "rkd-d-5-shot-seed3.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(record).encode())
     (folder / "rkd-d-5-shot-seed3 (1).json").write_text(json.dumps(record))
     (folder / "._rkd-d-5-shot-seed3.json").write_bytes(APPLE)
     assert load_records(tmp_path, "toy") == [record]
     (folder / "rkd-d-5-shot-seed3 (1).json").write_text(json.dumps(record | {"last": 60.}))
-    one_line(lambda: load_records(tmp_path, "toy"), "rkd-d-5-shot-seed3 (1).json", "rkd-d-5-shot-seed3.json are two records of one cell, and differ")
+    one_line(lambda: load_records(tmp_path, "toy"), "rkd-d-5-shot-seed3 (1).json", "rkd-d-5-shot-seed3.json",
+             "are two records of one cell, and differ")
+
+
+def test_nothing_that_is_read_is_read_by_a_call_that_will_be_removed(tmp_path):
+    from relkd.models import create, load_into
+
+    tiny(tmp_path)
+    copy(tmp_path)
+    arrays(tmp_path / "own")
+    torch.save(create("resnet8", 10).state_dict(), tmp_path / "t.pth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DeprecationWarning)
+        for name in ("tinyimagenet", "miniimagenet", "own"):
+            load(name, tmp_path)
+        load_into(create("resnet8", 10), tmp_path / "t.pth")
+
+
+def test_seeds_that_one_row_lacks_are_named():
+    from relkd.tables.paired import lacking
+
+    def record(row, seed):
+        return {"row": row, "seed": seed, "tests": {"top-1": {"accuracy": 50.}}}
+    records = [record("Student", s) for s in range(4)] + [record("RKD-D", s) for s in (0, 2)] + [record("Teacher", 0)]
+    assert lacking(records) == ["RKD-D has no record of seeds 1, 3 in top-1"] and lacking(records[:4]) == []
 
 
 def test_a_home_is_no_folder_called_tilde(tmp_path, typed, monkeypatch):

@@ -187,6 +187,7 @@ def as_weiaicunzai(k):
     return re.sub(r"^bn1", "conv1.1", re.sub(r"^conv1\.", "conv1.0.", k))
 
 
+LARGE = ("resnet50", "resnet101", "resnet110", "wrn_40_2", "vgg11")
 REPOSITORIES = [
     ("RepDistiller resnet", "resnet8x4", lambda k: k.replace("shortcut", "downsample")),
     ("kuangliu resnet", "resnet18", lambda k: k.replace("fc.", "linear.")),
@@ -195,6 +196,10 @@ REPOSITORIES = [
     ("weiaicunzai resnet", "resnet18", as_weiaicunzai),
     ("weiaicunzai resnet", "resnet50", as_weiaicunzai),
     ("RepDistiller wrn", "wrn_16_2", lambda k: re.sub(r"^layer(\d)\.", r"block\1.layer.", k).replace("shortcut", "convShortcut")),
+    ("RepDistiller resnet", "resnet110", lambda k: k.replace("shortcut", "downsample")),
+    ("kuangliu resnet", "resnet101", lambda k: k.replace("fc.", "linear.")),
+    ("RepDistiller wrn", "wrn_40_2", lambda k: re.sub(r"^layer(\d)\.", r"block\1.layer.", k).replace("shortcut", "convShortcut")),
+    ("RepDistiller vgg", "vgg11", as_repdistiller_vgg),
     ("RepDistiller vgg", "vgg8", as_repdistiller_vgg),
     ("RepDistiller vgg", "vgg13", as_repdistiller_vgg),
     ("RepDistiller mobilenetv2", "mobilenetv2", as_repdistiller_mobilenet),
@@ -203,7 +208,9 @@ REPOSITORIES = [
 
 
 @pytest.mark.parametrize("whose, name, rename", REPOSITORIES, ids=lambda v: v if isinstance(v, str) else "")
-def test_the_names_of_a_repository_become_ours(whose, name, rename):
+def test_the_names_of_a_repository_become_ours(whose, name, rename, flags):
+    if name in LARGE and "slow" not in flags:
+        pytest.skip("a large network: --flags slow")
     sd = create(name, 7, seed=3).state_dict()
     for k, v in sd.items():
         if v.is_floating_point():

@@ -54,6 +54,7 @@ def read_npy(
         raise ValueError(f"{path} must hold {what}; got {a.dtype} {a.shape}{do}")
     return a
 
+# %% ../../nbs/data/05_arrays.ipynb #e985743f
 def image_array(path) -> np.ndarray: # (N, H, W, C) uint8
     "Images of 1 or 3 channels. Raises ValueError as `read_npy` does."
     def fits(a): return a.dtype == np.uint8 and a.shape[3] in (1, 3)

@@ -27,6 +27,19 @@ def _of_folder(path): # name -> path of each file
             found[f if below == '.' else f'{below}/{f}'] = os.path.join(folder, f)
     return found
 
+def _spellings(names): # plain name -> name; a last part alone, if one file has it
+    alone = Counter(plain_name(n.rsplit('/', 1)[-1]) for n in names)
+    short = {p: n for n in names if alone[p := plain_name(n.rsplit('/', 1)[-1])] == 1}
+    return short | {plain_name(n): n for n in names}
+
+def _opened(path): # a zip that Python can read
+    z = open_zip(path)
+    if any(i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for i in z.infolist()):
+        raise ValueError(f"{path} is packed in a way that Python does not read (Deflate64, as Windows packs what is "
+                         "above 2 GB): unpack it, the folder is read as well")
+    return z
+
+# %% ../../nbs/data/04_entries.ipynb #f1d7d300
 class Entries:
     "The files of a folder or a zip by name. Raises ValueError for a zip that is not whole."
     def __init__(self,
@@ -35,10 +48,7 @@ class Entries:
         self.path, self._zip = Path(path), None
         if self.path.is_dir(): found = _of_folder(self.path)
         else:
-            self._zip = open_zip(self.path)
-            if any(i.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for i in self._zip.infolist()):
-                raise ValueError(f"{path} is packed in a way that Python does not read (Deflate64, as Windows packs what is "
-                                 "above 2 GB): unpack it, the folder is read as well")
+            self._zip = _opened(self.path)
             found = {e.replace('\\', '/'): e for e in self._zip.namelist() if not e.endswith(('/', '\\'))}
         self._files = {n: f for n, f in found.items() if not is_litter(n) and '..' not in n.split('/')}
         self.names = sorted(self._files)
@@ -52,12 +62,8 @@ class Entries:
             name = self._spelled(name)
         return self._zip.read(self._files[name]) if self._zip else Path(self._files[name]).read_bytes()
 
-    def _spelled(self, name): # as it stands here; by its last part alone, if one file has that
-        if not self._plain:
-            alone = Counter(plain_name(n.rsplit('/', 1)[-1]) for n in self.names)
-            self._plain = {p: n for n in self.names if alone[p := plain_name(n.rsplit('/', 1)[-1])] == 1}
-            self._plain |= {plain_name(n): n for n in self.names}
-        plain = plain_name(name)
+    def _spelled(self, name): # as it stands here
+        self._plain, plain = self._plain or _spellings(self.names), plain_name(name)
         found = self._plain.get(plain) or '..' not in plain and self._plain.get(plain.rsplit('/', 1)[-1])
         if not found: raise KeyError(name) if self._zip else FileNotFoundError(name)
         return found

@@ -43,6 +43,8 @@ def near(
 
 # %% ../../nbs/data/05_finds.ipynb #6632bb37
 _SAVE = "np.save('{name}/train_images.npy', x); np.save('{name}/train_labels.npy', y); the same for test"
+_BY_CLASS = ("np.save('own/images.npy', x); np.save('own/labels.npy', y) of all splits; own/splits.json as "
+             '{{"train": [...], "val": [...], "test": [...]}} of class numbers; the data set is then own')
 _PICKLE = ("d = relkd.data.forms.read_pickle('{file}'); x, y = d['data'], np.array(d['labels']); " + _SAVE)
 UNREAD = ( # pattern of a file's name, what it is, what makes plain arrays (N, H, W, C) of it
     ('*.parquet', 'parquet', "d = pandas.read_parquet('{file}'); y = d.iloc[:, 1]; x = np.stack([np.asarray(PIL.Image.open("
@@ -64,6 +66,7 @@ UNREAD = ( # pattern of a file's name, what it is, what makes plain arrays (N, H
     ('*.mat', "MATLAB's .mat", "d = scipy.io.loadmat('{file}'); x, y = d['data'], d['labels'].ravel() - 1; " + _SAVE),
 )
 
+# %% ../../nbs/data/05_finds.ipynb #e617894d
 _IMAGE = re.compile(r'\.(png|jpe?g|bmp|webp|tiff?)$', re.I)
 
 def _image_folders(place): # a find, or None
@@ -89,7 +92,11 @@ def finds(
                 found[kind[0]] = _shown(f, root), kind[0], kind[1].format(name=name, file=_shown(f, root))
         kind = _image_folders(place) if name in ALIASES and place.is_dir() else None
         if kind: found.setdefault(kind[0], (_shown(place, root), kind[0], kind[1].format(name=name, file=_shown(place, root))))
-    return list(found.values())
+    return [(file, what, _for(name, do)) for file, what, do in found.values()]
+
+def _for(name, do): # sets that are split by class are made of other arrays, and two of them of CIFAR-100
+    if name in ('cifar_fs', 'fc100'): return f'CIFAR-100 itself is all that {name} needs: `relkd data get cifar100`'
+    return do.replace(_SAVE.format(name=name), _BY_CLASS.format()) if name in ('miniimagenet', 'omniglot') else do
 
 def _shown(path, root):
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)

@@ -137,8 +137,8 @@ def _target(root): # where the arrays are made: beside drawings that lie in omni
     return folder / 'arrays' if folder.exists() else folder
 
 def _folder(root): # of the arrays, or None
-    folder = cache_root(root) / 'omniglot'
-    return next((p for p in (folder / 'arrays', folder) if all((p / f).exists() for f in _KEPT)), None)
+    places = [at / 'omniglot' / below for at in dict.fromkeys((cache_root(root), root.absolute())) for below in ('arrays', '')]
+    return next((p for p in places if all((p / f).exists() for f in _KEPT)), None)
 
 def _get(root, progress):
     from torchvision.datasets import Omniglot

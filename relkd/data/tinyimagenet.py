@@ -65,8 +65,8 @@ def _source(root): # the zip, or a folder that holds train/
     return next((p for p in near(root, 'tinyimagenet') if whole(p)), None)
 
 def _kept(root): # where its arrays are
-    folder = cache_root(root) / 'tinyimagenet'
-    return next((f for f in (folder / 'arrays', folder) if all((f / n).exists() for n in PLAIN)), None)
+    places = [at / 'tinyimagenet' / below for at in dict.fromkeys((cache_root(root), root.absolute())) for below in ('arrays', '')]
+    return next((f for f in places if all((f / n).exists() for n in PLAIN)), None)
 
 def _read(root, name):
     "The arrays made by `_unpack`, or the user's own."
