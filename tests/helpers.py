@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 from torch import nn
 
@@ -218,3 +219,17 @@ def same(a, b):
 def figures(records):
     """What a run must give again: the tests, the epochs and the weights of each cell."""
     return {(r["row"], str(r["variant"]), r["seed"]): (r["tests"], r["epochs"], r["weights"], r["run"]) for r in records}
+
+
+class Sized(nn.Module):
+    "A loss of one's own, whose regressor reads its sizes from an example."
+    def __init__(self, i, o):
+        super().__init__()
+        self.map = nn.Linear(i, o)
+
+    @classmethod
+    def from_features(cls, student, teacher, labels=None):
+        return cls(student.shape[1], teacher.shape[1])
+
+    def forward(self, student, teacher):
+        return F.mse_loss(self.map(student), teacher)

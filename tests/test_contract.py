@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from relkd import losses
 from relkd.losses import DistillationLoss, FitNet, as_loss
 from relkd.losses.contract import as_map_pairs, as_pair
-from helpers import CASES, DEFAULTS, DTYPES, as_given, assert_says, case, made, make, randn, value_and_gradients
+from helpers import CASES, DEFAULTS, DTYPES, Sized, as_given, assert_says, case, made, make, randn, value_and_gradients
 
 every_case = pytest.mark.parametrize("name", CASES)
 every_loss = pytest.mark.parametrize("name", DEFAULTS)
@@ -319,19 +319,6 @@ class Plain(nn.Module):
 
     def forward(self, student, teacher):
         return (student - teacher).abs().pow(self.power).mean()
-
-
-class Sized(nn.Module):
-    def __init__(self, i, o):
-        super().__init__()
-        self.map = nn.Linear(i, o)
-
-    @classmethod
-    def from_features(cls, student, teacher, labels=None):
-        return cls(student.shape[1], teacher.shape[1])
-
-    def forward(self, student, teacher):
-        return F.mse_loss(self.map(student), teacher)
 
 
 @pytest.mark.parametrize("thing, options, value", [

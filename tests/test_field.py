@@ -23,7 +23,7 @@ from relkd.modes import evaluating, learning
 from relkd.tasks.classify import accuracy, evaluate
 from relkd.tasks.fewshot import embed, prototypical_loss
 from relkd.train import Learner, Schedule, chosen_device, fit
-from helpers import CASES, DEFAULTS, After, Tiny, assert_says, case, few_digits, make, randn
+from helpers import CASES, DEFAULTS, After, Sized, Tiny, assert_says, case, few_digits, make, randn
 
 
 # ---- every loss, every rule
@@ -385,18 +385,6 @@ def test_kd_of_masked_classes(of_student, of_teacher):
 # ---- made inside somebody's block
 
 def test_a_loss_of_ones_own_made_under_inference_mode_trains():
-    class Sized(nn.Module):
-        def __init__(self, i, o):
-            super().__init__()
-            self.map = nn.Linear(i, o)
-
-        @classmethod
-        def from_features(cls, student, teacher, labels=None):
-            return cls(student.shape[1], teacher.shape[1])
-
-        def forward(self, student, teacher):
-            return F.mse_loss(self.map(student), teacher)
-
     with torch.inference_mode():
         s, t = randn(8, 4) * 1, randn(8, 3) * 1
         loss = as_loss(Sized, None, s, t)
