@@ -52,6 +52,8 @@ def test_what_is_no_duration_size_number_or_setting(read, text):
     (["run", "digits", "--set", "schedule.rate=1"], "--set schedule.rate: unknown field of Schedule 'rate'"),
     (["run", "digits", "--set", "lr"], "--set takes a path and a value, like schedule.lr=.05; got 'lr'"),
     (["run", "digits", "--budget", "soon"], "--budget takes a time like 90s, 9m or 1h30m; got 'soon'"),
+    (["run", "digits", "--seeds", "0-3000000000"], "--seeds takes 10,000 numbers at most, each below 2^43; got '0-3000000000'"),
+    (["run", "digits", "--seeds", "99999999999999"], "--seeds takes 10,000 numbers at most, each below 2^43"),
     (["run", "digits", "--part-size", "big"], "--part-size takes a size like 600k or 15M; got 'big'"),
     (["run", "digits", "--device", "tpu"], "device is 'auto', 'cpu' or 'cuda'; got 'tpu'"),
     (["run", "digits", "--precision", "fp8"], "precision is '32' or 'bf16'; got 'fp8'"),
