@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=["relkd", "relkd.*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "metric")},
+    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "metric", "clients")},
     entry_points={"console_scripts": ["relkd = relkd.cli:main"]},
     zip_safe=False,
 )

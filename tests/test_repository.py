@@ -86,6 +86,7 @@ FLOORS = [            # a room imports from floors below its own, or from its ow
     "ground modes catalogue cli_words",
     "relations",
     "losses",
+    "distributed",
     "features heads embeddings",
     "data models checkpoints",
     "records tasks",
