@@ -14,6 +14,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.loss import _Loss
 
+from .docs import described
 from .losses.contract import DistillationLoss
 
 # %% ../nbs/clients/01_distributed.ipynb #e36ade21
@@ -89,6 +90,7 @@ def gather(
     return _each(x, lambda t: next(whole))
 
 # %% ../nbs/clients/01_distributed.ipynb #6621d84d
+@described
 class Gathered(_Loss):
     "A loss over the batch of all processes; in one process the loss itself."
     def __init__(self,

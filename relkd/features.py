@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from .distributed import gather as gather_rows
+from .docs import described
 from .ground import nearest
 
 # %% ../nbs/lab/02_features.ipynb #aa6208ba
@@ -133,6 +134,7 @@ class _Reading(nn.Module):
         return {layer: seen[0][0] for layer, seen in found.items()}
 
 # %% ../nbs/lab/02_features.ipynb #48fc310c
+@described
 class Features(_Reading):
     "A network and the layers to read of it: calling it returns `{name: tensor}`. The network itself is not changed."
     def __init__(self,
