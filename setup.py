@@ -10,7 +10,7 @@ config.read(here / "settings.ini", encoding="utf-8")
 readme = here / "README.md"
 cfg = config["DEFAULT"]
 extras = {"lab": cfg["lab_requirements"].split()}                 # every other extra stands on the lab
-for name in ("metric", "dev"):
+for name in ("metric", "clients", "dev"):
     extras[name] = [*extras["lab"], *cfg[f"{name}_requirements"].split()]
 extras["dev"] += extras["metric"]
 

@@ -134,8 +134,12 @@ def table(
     "Draw a table and its figure again from the records, without training."
     wanted = _wanted(name, epochs=epochs, settings=settings)
     from relkd.records import load_records
-    from relkd.tables.paired import as_text, draw, lacking
-    print(as_text(draw(wanted, out)) + (f'\n\ncut down: {wanted.cut}' if wanted.cut else ''))
+    from relkd.tables.paired import as_text, draw, lacking, summary
+    closed = os.path.isdir(out) and not os.access(out, os.W_OK)
+    frame = summary(wanted, out)[0] if closed else draw(wanted, out)
+    print(as_text(frame) + (f'\n\ncut down: {wanted.cut}' if wanted.cut else ''))
+    if closed:
+        print(f'relkd: {out} cannot be written to: the table is printed, .csv and .png are not drawn again', file=sys.stderr)
     for line in lacking(load_records(out, wanted.name)):
         print(f'relkd: {line}', file=sys.stderr)
 

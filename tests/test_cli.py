@@ -1,4 +1,5 @@
 """The command line: a mistake is one line and status 2, said before anything heavy is imported; a run that is stopped says how to go on."""
+import os
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,15 @@ def test_committed_records_are_not_written_over(typed, tmp_path):
     assert code == 2 and error.count("\n") == 1 and "holds records of another protocol or of an earlier version" in error
     code, said, error = typed("table", "digits", "--out", tmp_path)
     assert code == 0 and "HKD + RKD-DA" in said and (tmp_path / "digits.csv").read_bytes() == (FIGURES / "digits.csv").read_bytes()
+
+
+def test_a_table_is_printed_from_a_folder_that_cannot_be_written_to(typed, monkeypatch):
+    """The fault: on a read-only results folder a table ended in an error, although nothing but printing was needed."""
+    before, access = (FIGURES / "digits.csv").stat().st_mtime_ns, os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK and access(path, mode))
+    code, said, error = typed("table", "digits", "--out", FIGURES)
+    assert code == 0 and "HKD + RKD-DA" in said and f"relkd: {FIGURES} cannot be written to" in error
+    assert (FIGURES / "digits.csv").stat().st_mtime_ns == before
 
 
 def test_an_unwritable_folder_is_said_before_training(typed, tmp_path):
