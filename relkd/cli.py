@@ -101,6 +101,9 @@ def demo(
     "Teach students on real handwritten digits: the RKD paper's rows, eight seeds, about two minutes on two CPU cores."
     recipe = _wanted('digits', device=device)
     session = _session(out, device)
+    if 'OMP_NUM_THREADS' not in os.environ:        # networks this small: several threads wait for each other more than they compute
+        import torch
+        torch.set_num_threads(1)
     _run(recipe, session)
     if (folder := _committed()) is None:
         return
