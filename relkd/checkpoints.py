@@ -37,20 +37,26 @@ def save_checkpoint(
     torch.save(state, buffer)
     content = buffer.getbuffer()
     size = part_size or max(len(content), 1)
-    for k, start in enumerate(range(0, max(len(content), 1), size)):
-        piece = content[start:start + size]
-        found = hashlib.sha256(piece).hexdigest()
-        name = f'{path.name}.{found[:8]}.{k:03d}'
-        write_atomically(path.parent / name, piece, '--out')
-        parts.append({'name': name, 'bytes': len(piece), 'sha256': found})
     before = path.with_name(path.name + '.before')
-    if path.exists():
-        write_atomically(before, path.read_bytes(), '--out')
-    manifest = {'version': VERSION, 'digest': digest, **(about or {}), 'parts': parts}
-    write_atomically(path, json.dumps(manifest, indent=1).encode(), '--out')
+    try:
+        for k, start in enumerate(range(0, max(len(content), 1), size)):
+            piece = content[start:start + size]
+            found = hashlib.sha256(piece).hexdigest()
+            name = f'{path.name}.{found[:8]}.{k:03d}'
+            write_atomically(path.parent / name, piece, '--out')
+            parts.append({'name': name, 'bytes': len(piece), 'sha256': found})
+        if path.exists():
+            write_atomically(before, path.read_bytes(), '--out')
+        manifest = {'version': VERSION, 'digest': digest, **(about or {}), 'parts': parts}
+        write_atomically(path, json.dumps(manifest, indent=1).encode(), '--out')
+    finally:                                                  # a full disk keeps no pieces of what failed
+        _drop_unnamed(path, before)
+
+def _drop_unnamed(path, before):
+    "Remove the parts that neither manifest names."
     wanted = {p['name'] for m in (path, before) for p in (manifest_of(m) or {}).get('parts', [])}
-    for old in path.parent.glob(f'{glob.escape(path.name)}.????????.[0-9][0-9][0-9]'):
-        if old.name not in wanted:
+    for old in path.parent.glob(f'{glob.escape(path.name)}.????????.[0-9]*'):
+        if old.name not in wanted and not old.name.endswith('.tmp'):
             old.unlink(missing_ok=True)
 
 # %% ../nbs/lab/20_checkpoints.ipynb #d8106222

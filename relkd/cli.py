@@ -189,7 +189,8 @@ def recipes(name:Optional[str]=typer.Argument(None, help='Show this one whole.')
 
 @app.command()
 def tensorboard(
-    name:str=typer.Argument(help='Name of the recipe.'), to:str=typer.Option('runs', help='Folder for the event files.'), out:str=OUT,
+    name:str=typer.Argument(help='Name of the recipe.'),
+    to:str=typer.Option('runs', callback=_home, help='Folder for the event files.'), out:str=OUT,
 ):
     "Write the curves of a recipe's records as TensorBoard event files."
     from relkd.records import load_records, to_tensorboard
@@ -236,7 +237,8 @@ def data_list(context:typer.Context, data:Optional[str]=DATA):
     if context.invoked_subcommand:
         return
     from relkd.data import data_root, inventory, unread
-    print(f'in {data_root(data)}:')
+    root = data_root(data)
+    print(f"in {root}{'' if root.is_dir() else ' (there is no such folder)'}:")
     for d in inventory(data):
         print(_counts(d))
     for name, file, what, do in unread(data):
@@ -274,10 +276,12 @@ def options(version:bool=typer.Option(False, '--version', callback=_version, is_
 def main():
     "Entry point: errors that a user can mend are one line."
     warnings.formatwarning = lambda message, *_, **__: f'relkd: {message}\n'
+    for stream in (sys.stdout, sys.stderr):                    # a terminal that knows no ± gets a ? for it
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
     try:
         app()
-    except ValueError as error:
-        print(f'relkd: {error}', file=sys.stderr)
+    except (ValueError, OSError) as error:
+        print(f'relkd: {" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('\nrelkd: stopped', file=sys.stderr)

@@ -8,6 +8,7 @@ __all__ = ['seconds', 'size', 'numbers', 'setting']
 # %% ../nbs/lab/39_cli_words.ipynb #3900aa03
 import ast
 import re
+from itertools import islice
 
 # %% ../nbs/lab/39_cli_words.ipynb #8ce325f7
 def seconds(text:str) -> float:
@@ -30,9 +31,11 @@ def numbers(text:str, option:str='--seeds') -> list:
     try:
         for part in text.split(','):
             first, *last = part.split('-')
-            found += range(int(first), int(last[0]) + 1) if last else [int(first)]
+            found += islice(range(int(first), int(last[0]) + 1), 10_001) if last else [int(first)]
     except ValueError:
         raise ValueError(f"{option} takes numbers like 0,1,5-7; got {text!r}") from None
+    if len(found) > 10_000 or max(found, default=0) >= 2**43:
+        raise ValueError(f"{option} takes 10,000 numbers at most, each below 2^43; got {text!r}")
     if not found:
         raise ValueError(f"{option} takes numbers like 0,1,5-7; {text!r} holds none")
     return found

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .ground import slug, write_atomically
+from .ground import digest, slug, write_atomically
 
 # %% ../nbs/lab/21_records.ipynb #2db1db6e
 def _commit(root):
@@ -71,7 +71,7 @@ def cell_name(
     row:str, variant:dict, seed:int,
 ) -> str: # 'rkd-d-1-shot-seed0'
     "The name of a cell, for its files."
-    return slug(row) + ''.join(f'-{v}-{k}' for k, v in variant.items()) + f'-seed{seed}'
+    return slug(row) + ''.join(f'-{v}-{k}' for k, v in variant.items()).replace('/', '-') + f'-seed{seed}'
 
 def record_path(
     out,          # the folder given to write_record
@@ -79,7 +79,7 @@ def record_path(
 ) -> Path:
     "Where a record lies: out/records/RECIPE/ROW-seedK.json."
     name = cell_name(record['row'], record['variant'], record['seed'])
-    return Path(out) / 'records' / record['recipe'] / f'{name}.json'
+    return Path(out).expanduser() / 'records' / record['recipe'] / f'{name}.json'
 
 # %% ../nbs/lab/21_records.ipynb #7545492f
 def write_record(
@@ -121,18 +121,35 @@ def read_record(
     try:
         record = upgraded(json.loads(Path(path).read_text(encoding='utf-8-sig')))
         wrong = [k for k, kind in NEEDED.items() if not isinstance(record[k], kind)]
+        doubt = '' if wrong else _doubt(record)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError, OSError) as error:
         raise ValueError(f"record {path} is damaged ({type(error).__name__}: {error}): remove it and run the recipe again") from None
     if wrong:
         raise ValueError(f"record {path} is damaged (field {wrong[0]!r}): remove it and run the recipe again")
+    if doubt:
+        raise ValueError(f"record {path} was changed after it was written ({doubt}): get it again, or remove it and run the recipe again")
     return record
 
+def _doubt(record):
+    "In words, what a run would not have written."
+    if digest(record['protocol']) != record['run']:
+        return 'its protocol is not that of its run'
+    tests = {name: t if isinstance(t, dict) else {} for name, t in record['tests'].items()}
+    if record['last'] != tests.get(record['headline'], {}).get('accuracy'):
+        return f"its 'last' is not the accuracy of {record['headline']!r}"
+    for name, t in tests.items():
+        if {'accuracy', 'hits', 'queries'} <= set(t):
+            hits = [int(n) for n in t['hits'].split()]
+            if abs(100 * sum(hits) / max(len(hits) * t['queries'], 1) - t['accuracy']) > 1e-3:
+                return f'the hits of {name!r} do not give its accuracy'
+
+# %% ../nbs/lab/21_records.ipynb #176a9e56
 def load_records(
     out,          # the folder given to write_record
     recipe:str,   # whose records
 ) -> list: # of dictionaries, sorted by file name
     "All records of a recipe, each cell once. Raises ValueError if there is none, if one is damaged, or if two of a cell differ."
-    folder, found = Path(out) / 'records' / recipe, {}
+    folder, found = Path(out).expanduser() / 'records' / recipe, {}
     for path in sorted(p for p in folder.glob('*') if p.suffix.lower() == '.json' and not p.name.startswith('.')):
         record = read_record(path)
         cell = cell_name(record['row'], record['variant'], record['seed'])

@@ -133,6 +133,27 @@ def test_a_full_disk_leaves_the_old_checkpoint_good(tmp_path, monkeypatch, calls
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_full_disk_keeps_no_pieces_and_many_parts_are_removed(tmp_path, monkeypatch):
+    path, left = tmp_path / "x.ckpt", [5]
+    monkeypatch.setattr(os, "fsync", lambda f: None)
+    save_checkpoint(path, {"x": torch.zeros(300)}, "d", 2)
+    assert len(list(tmp_path.glob("*.1[0-9][0-9][0-9]"))) > 100
+    save_checkpoint(path, {"x": torch.ones(3)}, "d")
+    save_checkpoint(path, {"x": torch.ones(3)}, "d")
+    kept = {p.name for p in tmp_path.iterdir()}
+    assert len(kept) <= 4
+
+    def full(f):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ValueError, match="No space left on device"):
+        save_checkpoint(path, {"x": torch.ones(300)}, "d", 100)
+    assert {p.name for p in tmp_path.iterdir()} == kept and read_checkpoint(path, "d")["x"].equal(torch.ones(3))
+
+
 def test_one_at_a_time_and_the_second_is_told_who_is_there(tmp_path):
     with hold(tmp_path / "runs"):
         message = one_line(lambda: hold(tmp_path / "runs").__enter__(),

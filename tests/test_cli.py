@@ -53,6 +53,8 @@ def test_what_is_no_duration_size_number_or_setting(read, text):
     (["run", "digits", "--set", "schedule.rate=1"], "--set schedule.rate: unknown field of Schedule 'rate'"),
     (["run", "digits", "--set", "lr"], "--set takes a path and a value, like schedule.lr=.05; got 'lr'"),
     (["run", "digits", "--budget", "soon"], "--budget takes a time like 90s, 9m or 1h30m; got 'soon'"),
+    (["run", "digits", "--seeds", "0-3000000000"], "--seeds takes 10,000 numbers at most, each below 2^43; got '0-3000000000'"),
+    (["run", "digits", "--seeds", "99999999999999"], "--seeds takes 10,000 numbers at most, each below 2^43"),
     (["run", "digits", "--part-size", "big"], "--part-size takes a size like 600k or 15M; got 'big'"),
     (["run", "digits", "--device", "tpu"], "device is 'auto', 'cpu' or 'cuda'; got 'tpu'"),
     (["run", "digits", "--precision", "fp8"], "precision is '32' or 'bf16'; got 'fp8'"),
@@ -158,15 +160,15 @@ def test_a_spent_budget_says_how_to_go_on_and_is_no_error(typed, tmp_path):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_at_a_checkpoint_and_the_same_command_goes_on(tmp_path, relkd_cli, number, code):
-    command = [sys.executable, "-m", "relkd.cli", "run", "digits", "--seeds", "0", "--rows", "HKD", "--device", "cpu",
-               "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "relkd.cli", "run", "digits", "--seeds", "0", "--rows", "HKD", "--epochs", "12",
+               "--device", "cpu", "--out", str(tmp_path)]
     p = subprocess.Popen(command, env=relkd_cli.env, cwd=FIGURES.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     deadline = time.time() + 180
-    while not list(tmp_path.glob("records/digits/teacher*")) and time.time() < deadline and p.poll() is None:
+    while not list(tmp_path.glob("records/digits-12epochs/teacher*")) and time.time() < deadline and p.poll() is None:
         time.sleep(.02)
     time.sleep(.3)
     p.send_signal(number)
     error = p.communicate(timeout=120)[1]
     assert (p.returncode == code and f"stopped ({number.name}); 1 of 3 runs are finished" in error
             and "the same command goes on from there" in error and "Traceback" not in error)
-    assert list(tmp_path.glob(".runs/digits/group-*.ckpt")) and not list(tmp_path.glob("**/*.tmp"))
+    assert list(tmp_path.glob(".runs/digits-12epochs/group-*.ckpt")) and not list(tmp_path.glob("**/*.tmp"))

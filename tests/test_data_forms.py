@@ -19,6 +19,7 @@ from relkd.data.entries import Entries, check_stamp, stamp
 from relkd.data.finds import finds, near
 from relkd.data.forms import kind_of, lines_of, plain_name, read_pickle
 from relkd.data.images import read_pixels
+from relkd.ground import digest
 from relkd.records import load_records
 
 APPLE = bytes.fromhex("0005160700020000") + b"Mac OS X" + b"\0" * 80
@@ -153,6 +154,25 @@ def test_arrays_of_another_zip_are_not_read_and_a_cache_may_lie_elsewhere(tmp_pa
     one_line(lambda: load("tinyimagenet", root), "was made of another tiny-imagenet-200.zip than lies there now: remove")
 
 
+@pytest.mark.parametrize("spoil, message", [
+    (lambda i: setattr(i, "flag_bits", i.flag_bits | 1), "x.zip is locked by a password: unpack it, the folder is read as well"),
+    (lambda i: setattr(i, "external_attr", 0o120777 << 16), "x.zip holds a link, 0.png, in the place of a file: unpack it"),
+])
+def test_a_zip_that_cannot_be_read_says_why(tmp_path, spoil, message):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as z:
+        z.writestr("0.png", b"/etc/passwd")
+        spoil(z.infolist()[0])
+    one_line(lambda: Entries(tmp_path / "x.zip"), message)
+
+
+@pytest.mark.parametrize("how", ["ZIP_STORED", "ZIP_DEFLATED", "ZIP_BZIP2", "ZIP_LZMA"])
+def test_zips_that_python_reads(tmp_path, how):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", getattr(zipfile, how)) as z:
+        z.writestr("/top/0.png", b"here")
+    with Entries(tmp_path / "x.zip") as e:
+        assert e.read(e.names[0]) == b"here"
+
+
 def test_a_name_in_another_spelling_or_deeper_is_found_and_a_doubtful_one_is_not(tmp_path):
     for n in ("a/Käfer.JPG", "a/twice.png", "b/twice.png"):
         (tmp_path / n).parent.mkdir(exist_ok=True)
@@ -269,8 +289,8 @@ def drawings(invert=False, size=105):
     return out
 
 
-def omniglot_zips(folder, entries):
-    folder.mkdir(parents=True)
+def omniglot_zips(folder, entries, again=False):
+    folder.mkdir(parents=True, exist_ok=again)
     for s in ("images_background", "images_evaluation"):
         as_zip(folder, {n: c for n, c in entries.items() if n.startswith(s)}, f"{s}.zip")
 
@@ -285,9 +305,23 @@ def test_omniglot_unpacked_or_in_a_clone_is_that_of_the_zips(tmp_path):
         assert load("omniglot", tmp_path / root).fingerprint == load("omniglot", tmp_path / root).fingerprint == want
     omniglot_zips(tmp_path / "e" / "omniglot-py", drawings(invert=True))
     one_line(lambda: load("omniglot", tmp_path / "e"), "images_background.zip holds more ink than paper: its drawings are inverted")
-    as_tree(tmp_path / "f" / "omniglot_resized", {n.split("/", 1)[1]: c for n, c in drawings(size=28).items()})
-    one_line(lambda: load("omniglot", tmp_path / "f"),
-             "must have 105 x 105 pixels; got 28 x 28: drawings that were shrunk cannot be brought back")
+    omniglot_zips(tmp_path / "a" / "omniglot-py", drawings(size=104), again=True)
+    one_line(lambda: load("omniglot", tmp_path / "a"), "was made of another images_background.zip than lies there now: remove")
+
+
+def test_drawings_that_somebody_shrank_are_read_as_they_are(tmp_path):
+    as_tree(tmp_path / "a" / "omniglot_resized", {n.split("/", 1)[1]: c for n, c in drawings(size=28).items()})
+    omniglot_zips(tmp_path / "b" / "omniglot-py", drawings(size=28))
+    d, again = load("omniglot", tmp_path / "a"), load("omniglot", tmp_path / "b")
+    assert d.fingerprint == again.fingerprint == load("omniglot", tmp_path / "a").fingerprint and d.images.shape == (40, 1, 28, 28)
+    drawn = np.asarray(Image.open(io.BytesIO(drawings(size=28)["images_background/Latin/character01/0001_01.png"])))
+    first = d.classes.index("Latin/character01/rot000")
+    assert np.array_equal(d.images[d.labels == first][0, 0].numpy(), 255 - drawn)
+    one_line(lambda: load("omniglot", tmp_path / "a", resize="nearest"), "were shrunk to 28 x 28 already: resize='nearest' needs the")
+    as_tree(tmp_path / "c" / "omniglot_resized", {n.split("/", 1)[1]: c for n, c in drawings(size=35).items()})
+    one_line(lambda: load("omniglot", tmp_path / "c"), "must have 105 x 105 pixels; got 35 x 35: the publisher's have 105, and 28 are read")
+    omniglot_zips(tmp_path / "d" / "omniglot-py", drawings(invert=True, size=28))
+    one_line(lambda: load("omniglot", tmp_path / "d"), "holds more ink than paper")
 
 
 # --- CIFAR
@@ -315,26 +349,115 @@ def test_cifars_binary_version(tmp_path):
     one_line(lambda: load("cifar100", tmp_path / "a"), "test.bin is no whole number of rows of 3,074 bytes")
 
 
+NAMES = {"train": ("bed", "apple"), "val": ("lamp", "bee"), "test": ("man", "fox")}  # bed is not in CIFAR-FS's train
+
+
+def cifar_parts():
+    rng = np.random.default_rng(0)
+    return {s: rng.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8) for s in NAMES}
+
+
+FEW_SHOT = {
+    "pickles": lambda r, name, x: [as_tree(r / "data" / {"cifar_fs": "CIFAR-FS", "fc100": "FC100"}[name], {
+        f"{name.upper()}_{s}.pickle": pickle.dumps({"data": x[s], "labels": [9, 9, 3, 3]}, 2)}) for s in NAMES],
+    "pickles in the root": lambda r, name, x: [as_tree(r, {
+        f"{name.upper()}_{s}.pickle": pickle.dumps({b"data": list(x[s]), b"labels": np.array([9, 9, 3, 3])}, 4)}) for s in NAMES],
+    "three folders": lambda r, name, x: [as_tree(r / name, {
+        f"{s}/{c}/{i}.png": encoded(x[s][2 * k + i]) for k, c in enumerate(NAMES[s]) for i in range(2)}) for s in NAMES],
+    "deeper, validation": lambda r, name, x: [as_tree(r / name / "processed", {
+        f"{s.replace('val', 'validation')}/{c}/{i}.png": encoded(x[s][2 * k + i]) for k, c in enumerate(NAMES[s]) for i in range(2)})
+        for s in NAMES],
+    "lists of classes": lambda r, name, x: [as_tree(r / "cifar100", {f"splits/bertinetto/{s}.txt": "\r\n".join(NAMES[s]).encode()} | {
+        f"data/{c}/{i}.png": encoded(x[s][2 * k + i]) for k, c in enumerate(NAMES[s]) for i in range(2)}) for s in NAMES],
+}
+
+
+@pytest.mark.parametrize("form", FEW_SHOT)
+@pytest.mark.parametrize("name", ["cifar_fs", "fc100"])
+def test_cifars_few_shot_sets_as_they_circulate(tmp_path, name, form):
+    x = cifar_parts()
+    FEW_SHOT[form](tmp_path, name, x)
+    if (name, form) == ("fc100", "lists of classes"):
+        one_line(lambda: load(name, tmp_path), "data set 'fc100' is not in")
+        return
+    with pytest.warns(UserWarning, match=f"{name}: 12 images of 6 classes; the published set has 60,000 of 100") as said:
+        d, again = load(name, tmp_path), load(name, tmp_path)
+    assert d.fingerprint == again.fingerprint and d.splits == {"train": (0, 1), "val": (2, 3), "test": (4, 5)}
+    if "pickle" in form:                                        # labels 9, 9, 3, 3: class 3 first
+        assert d.classes[0] == "train03" and np.array_equal(d.images[2].permute(1, 2, 0).numpy(), x["train"][2])
+        assert d.labels[:4].tolist() == [1, 1, 0, 0]
+    else:
+        assert d.classes == ("apple", "bed", "bee", "lamp", "fox", "man")
+        assert any(f"{name}: class " in str(w.message) and "not so in the published split" in str(w.message) for w in said)
+        assert np.array_equal(d.images[d.labels == 1][0].permute(1, 2, 0).numpy(), x["train"][0])
+
+
+def test_pickles_that_are_no_such_set_or_were_replaced(tmp_path):
+    x = cifar_parts()
+    FEW_SHOT["pickles"](tmp_path, "fc100", x)
+    with pytest.warns(UserWarning):
+        load("fc100", tmp_path)
+    path = tmp_path / "data" / "FC100" / "FC100_val.pickle"
+    path.write_bytes(pickle.dumps({"data": x["test"], "labels": [9, 9, 3, 3]}, 2))
+    one_line(lambda: load("fc100", tmp_path), "was made of another FC100_val.pickle than lies there now: remove")
+    for root, d, got in (("a", {"data": x["val"] / 255, "labels": [0] * 4}, "it holds float64 (4, 32, 32, 3) and 4 labels"),
+                         ("b", [1, 2], "it holds nothing of the kind")):
+        FEW_SHOT["pickles"](tmp_path / root, "fc100", x)
+        (tmp_path / root / "data" / "FC100" / "FC100_val.pickle").write_bytes(pickle.dumps(d, 2))
+        one_line(lambda: load("fc100", tmp_path / root), "FC100_val.pickle must hold", got)
+
+
+def test_lists_that_name_a_file_twice(tmp_path):
+    folder = copy(tmp_path)
+    text = (folder / "train.csv").read_text()
+    (folder / "train.csv").write_text(text + "n00_0.jpg,n00\n")
+    with pytest.warns(UserWarning, match="train.csv names 1 images twice: they count once"):
+        assert len(load("miniimagenet", tmp_path).labels) == 12
+    (folder / "train.csv").write_text(text + "N00_0.jpg,n01\n")
+    (folder / "arrays" / "made_of.json").unlink()
+    [p.unlink() for p in (folder / "arrays").iterdir()]
+    one_line(lambda: load("miniimagenet", tmp_path), "train.csv gives 'N00_0.jpg' to class 'n01', and it is in class 'n00' already")
+    (folder / "train.csv").write_text(text + "n00_1.jpg,\n")
+    one_line(lambda: load("miniimagenet", tmp_path), "train.csv, line 6 has no filename or no label: complete or remove it")
+
+
 # --- what is not read is named, with what to do
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0"
+
+
+def npz(**arrays):
+    out = io.BytesIO()
+    np.savez(out, **arrays)
+    return out.getvalue()
+
 
 @pytest.mark.parametrize("name, file, content, expected", [
     ("cifar100", "cifar100/train-00000-of-00001.parquet", b"PAR1",
-     "found cifar100/train-00000-of-00001.parquet (parquet), which is not read: d = pandas.read_parquet("),
-    ("tinyimagenet", "tinyimagenet.npz", b"", "found tinyimagenet.npz (NumPy .npz), which is not read: z = np.load('tinyimagenet.npz')"),
-    ("miniimagenet", "mini-imagenet/train_data.hdf5", b"", "found mini-imagenet/train_data.hdf5 (HDF5)"),
+     "found cifar100/train-00000-of-00001.parquet (a parquet file), which is not read: d = pandas.read_parquet("),
+    ("cifar100", "cifar100/train", b"PAR1\x15", "found cifar100/train (a parquet file), which is not read"),
+    ("cifar100", "cifar100/test.parquet", LFS, "found cifar100/test.parquet (a git-lfs pointer), which is not read: run `git lfs pull`"),
+    ("cifar100", "cifar100/test.parquet", b"", "found cifar100/test.parquet (empty), which is not read: get it again"),
+    ("cifar100", "cifar100/test.parquet", b"abc", "(another thing than its name says), which is not read: get it again"),
+    ("tinyimagenet", "tinyimagenet.npz", npz(x=1), "found tinyimagenet.npz (an .npz), which is not read: z = np.load('tinyimagenet.npz')"),
+    ("miniimagenet", "mini-imagenet/train_data.hdf5", b"\x89HDF\r\n\x1a\n", "found mini-imagenet/train_data.hdf5 (an HDF5 file)"),
+    ("omniglot", "omniglot/data", b"\x89HDF\r\n\x1a\n", "found omniglot/data (an HDF5 file), which is not read: f = h5py.File("),
     ("miniimagenet", "miniimagenet/base.json", b"{}", "found miniimagenet/base.json (file lists), which is not read: write train.csv"),
-    ("cifar_fs", "CIFAR-FS/CIFAR_FS_train.pickle", b"", "found CIFAR-FS/CIFAR_FS_train.pickle (pickle)"),
-    ("cifar100", "cifar-100-python.tar.gz", b"", "`relkd data get cifar100` unpacks it"),
+    ("cifar_fs", "CIFAR-FS/CIFAR_FS_train.pickle", b"\x80\x02", "found CIFAR-FS/CIFAR_FS_train.pickle (a pickle)"),
+    ("cifar100", "cifar-100-python.tar.gz", b"\x1f\x8b", "`relkd data get cifar100` unpacks it"),
+    ("miniimagenet", "mini-imagenet.tar.xz", b"\xfd7zXZ\0", "(an xz archive), which is not read: unpack it: tar xf 'mini-imagenet.tar.xz'"),
+    ("miniimagenet", "mini-imagenet.zip.001", b"PK\x03\x04", "(a zip in several parts), which is not read: join them"),
+    ("miniimagenet", "mini-imagenet.rar", b"Rar!\x1a", "(a rar archive), which is not read: unpack it: 7z x 'mini-imagenet.rar'"),
     ("cifar10", "cifar10/train/frog/1.png", b"x",
      "found cifar10 (folders of images), which is not read: `relkd data import 'cifar10' OWN --size 32`"),
-    ("photos", "photos.npz", b"", "data set 'photos' is not in"),
+    ("photos", "photos.npz", npz(x=1), "data set 'photos' is not in"),
     ("photos", "photos/x_train.npy", b"", "found photos/x_train.npy (Keras's names), which is not read: rename x_train"),
 ])
 def test_what_lies_there_in_another_form_is_named(tmp_path, typed, name, file, content, expected):
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).write_bytes(content)
     said = one_line(lambda: load(name, tmp_path), expected)
-    assert len(said) < 900 and finds(tmp_path, name)
+    assert len(said) < 1000 and finds(tmp_path, name)
     if name != "photos":
         assert any(f"{name:14} is not read from" in line for line in typed("data", "--data", tmp_path)[1].splitlines())
 
@@ -353,6 +476,14 @@ def test_near_looks_one_folder_up_and_down(tmp_path):
     ({"train_images": lambda x: (x / 255).astype(np.float32)}, "np.save it again with x = (x * 255).round().astype(np.uint8)"),
     ({"train_images": lambda x: x.transpose(0, 3, 1, 2)}, "np.save it again with x = x.transpose(0, 2, 3, 1)"),
     ({"train_images": lambda x: x[..., 0]}, "np.save it again with x = x[..., None]"),
+    ({"train_images": lambda x: x.astype(np.float32)}, "np.save it again with x = x.round().astype(np.uint8), if x is from 0 to 255"),
+    ({"train_images": lambda x: x / 128 - 1}, "np.save it again with x = x * std + mean, as it was normalised"),
+    ({"train_images": lambda x: x.astype(np.uint16) * 257}, "np.save it again with x = (x >> 8).astype(np.uint8)"),
+    ({"train_images": lambda x: np.array([*x, None], object)[:-1]}, "holds Python objects, not numbers: np.save np.stack(list(x))"),
+    ({"train_labels": lambda y: y - .5}, "np.save it again with class numbers: it holds NaN or fractions"),
+    ({"train_labels": lambda y: np.where(y == 0, np.nan, y)}, "np.save it again with class numbers: it holds NaN or fractions"),
+    ({"train_labels": lambda y: y.astype(int) - 1}, "got -1 to 0: drop the images without a class"),
+    ({"train_labels": lambda y: y.astype(object)}, "or np.array(list(y)) of labels"),
     ({"train_labels": lambda y: y[:, None]}, "np.save it again with y = y.ravel()"),
     ({"train_labels": lambda y: np.eye(2)[y]}, "np.save it again with y = y.argmax(1), if it is one-hot"),
     ({"train_labels": lambda y: y.astype(float)}, "np.save it again with y = y.astype(np.int64)"),
@@ -403,13 +534,13 @@ def test_a_folder_is_imported_once(tmp_path, typed):
 def test_a_cell_counts_once(tmp_path):
     folder = tmp_path / "records" / "toy"
     folder.mkdir(parents=True)
-    record = {"version": 2, "recipe": "toy", "row": "RKD-D", "variant": {"shot": 5}, "seed": 3, "run": "a",
-              "headline": "top-1", "last": 55., "tests": {}, "protocol": {}, "epochs": []}
+    record = {"version": 2, "recipe": "toy", "row": "RKD-D", "variant": {"shot": 5}, "seed": 3, "run": digest({}),
+              "headline": "top-1", "last": 55., "tests": {"top-1": {"accuracy": 55.}}, "protocol": {}, "epochs": []}
     (folder / "rkd-d-5-shot-seed3.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(record).encode())
     (folder / "rkd-d-5-shot-seed3 (1).json").write_text(json.dumps(record))
     (folder / "._rkd-d-5-shot-seed3.json").write_bytes(APPLE)
     assert load_records(tmp_path, "toy") == [record]
-    (folder / "rkd-d-5-shot-seed3 (1).json").write_text(json.dumps(record | {"last": 60.}))
+    (folder / "rkd-d-5-shot-seed3 (1).json").write_text(json.dumps(record | {"seconds": 60.}))
     one_line(lambda: load_records(tmp_path, "toy"), "rkd-d-5-shot-seed3 (1).json", "rkd-d-5-shot-seed3.json",
              "are two records of one cell, and differ")
 
@@ -442,7 +573,8 @@ def test_a_home_is_no_folder_called_tilde(tmp_path, typed, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arrays(tmp_path / "home" / "data" / "own")
     assert "own" in typed("data", "--data=~/data")[1]
-    monkeypatch.setenv("RELKD_DATA", "~/data")
+    assert "(there is no such folder)" in typed("data", "--data", tmp_path / "dta")[1]
+    monkeypatch.setenv("RELKD_DATA", '"~/data"')
     assert "own" in typed("data")[1] and load("own").classes == ("0", "1")
     code, _, err = typed("table", "digits", "--out=~/new")
     assert code == 2 and str(tmp_path / "home" / "new") in err and not (tmp_path / "~").exists()

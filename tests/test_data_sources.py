@@ -5,9 +5,14 @@ import json
 import os
 import pickle
 import shutil
+import socket
+import tarfile
 import threading
+import time
 import zipfile
+import zlib
 from functools import partial
+from http.client import BadStatusLine, IncompleteRead
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,8 +24,9 @@ from PIL import Image
 from data_helpers import ALPHABETS, IDS, REAL, arrays, decoded, jpeg, omniglot_arrays, one_line, tiny
 from relkd.data import (CLASSES, HELD_OUT, PLAIN, SUPERCLASSES, Source, area_resize, check_name, data_root, digits,
                         download, fetch, inventory, load)
-from relkd.data import catalogue, tinyimagenet
+from relkd.data import catalogue, entries, tinyimagenet
 from relkd.data.omniglot import HELD_OUT_ALPHABETS
+from relkd.data.source import looking_in
 
 
 def test_the_root_is_the_argument_then_the_environment_then_dot_data(monkeypatch, tmp_path):
@@ -30,6 +36,24 @@ def test_the_root_is_the_argument_then_the_environment_then_dot_data(monkeypatch
     assert data_root() == tmp_path and data_root("x") == Path("x")
     arrays(tmp_path / "own")
     assert load("own").counts == {"train": 6, "test": 4} and load("digits").name == "digits"
+
+
+def test_a_runs_root_reaches_data_that_are_a_function(tmp_path, monkeypatch):
+    from helpers import toy
+    from relkd.tables.experiment import Experiment
+    from relkd.train import Session
+
+    monkeypatch.delenv("RELKD_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    arrays(tmp_path / "far" / "own", n=(60, 20), shape=(8, 8, 1))
+    r = toy(data=lambda: load("own"))
+    one_line(lambda: Experiment(r, Session(out=tmp_path, device="cpu")), "unknown data set 'own'")
+    e = Experiment(r, Session(out=tmp_path, device="cpu", root=tmp_path / "far"))
+    assert e.data.fingerprint == load("own", tmp_path / "far").fingerprint and data_root() == Path(".data")
+    with looking_in("a"):
+        with looking_in(None):
+            assert data_root() == Path("a") and data_root("b") == Path("b")
+    assert data_root() == Path(".data")
 
 
 def test_plain_arrays_become_tensors(tmp_path):
@@ -50,6 +74,13 @@ def test_grey_arrays_keep_their_file_too(tmp_path):
     assert raw.any() and np.array_equal(np.load(folder / "test_images.npy"), raw)
 
 
+def bytes_of(change):
+    def of(folder):
+        path = folder / "train_images.npy"
+        path.write_bytes(change(path.read_bytes()))
+    return of
+
+
 def rewrite(name, array):
     return lambda folder: np.save(folder / name, array)
 
@@ -59,7 +90,10 @@ def rewrite(name, array):
     (lambda f: (f / "train_images.npy").write_bytes((f / "train_images.npy").read_bytes()[:300]),
      ["train_images.npy is not a whole .npy file"]),
     (lambda f: (f / "train_labels.npy").write_bytes(b""), ["train_labels.npy is not a whole .npy file"]),
-    (rewrite("train_labels.npy", np.array([{}] * 6, dtype=object)), ["train_labels.npy is not a whole .npy file"]),
+    (rewrite("train_labels.npy", np.array([{}] * 6, dtype=object)), ["train_labels.npy holds Python objects, not numbers"]),
+    (bytes_of(lambda b: b + b"x"), ["is not a whole .npy file (759 bytes, 758 are due): make it again"]),
+    (bytes_of(lambda b: b.replace(b"(6,", b"(-1")), ["train_images.npy is not a whole .npy file"]),
+    (bytes_of(lambda b: b.replace(b"{'d", b"\0\xff(")), ["train_images.npy is not a whole .npy file"]),
     (rewrite("train_images.npy", np.zeros((6, 3, 5, 7), np.uint8)),
      ["must hold uint8 images (N, H, W, C) with 1 or 3 channels; got uint8 (6, 3, 5, 7)"]),
     (rewrite("train_images.npy", np.zeros((6, 5, 7, 3))), ["got float64 (6, 5, 7, 3)"]),
@@ -143,11 +177,19 @@ def test_a_damaged_cifar_of_torchvision(torchvision_cifar):
     one_line(lambda: load("cifar100", root), "cifar-100-python is damaged or not whole", "`relkd data get cifar100`")
 
 
-def test_a_download_by_torchvision_that_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [OSError("no route\nto host"), IncompleteRead(b"x"), tarfile.ReadError("x"), BadStatusLine("x"),
+                                   zlib.error("bad"), TimeoutError("timed out")])
+def test_a_download_by_torchvision_that_fails(tmp_path, monkeypatch, error):
     from torchvision.datasets import CIFAR10
 
-    monkeypatch.setattr(CIFAR10, "download", lambda self: (_ for _ in ()).throw(OSError("no route\nto host")))
-    one_line(lambda: fetch("cifar10", tmp_path), "cifar10 could not be downloaded into", "(no route): try again, or place the files there")
+    def fail(self):
+        waits.append(socket.getdefaulttimeout())
+        raise error
+
+    waits = []
+    monkeypatch.setattr(CIFAR10, "download", fail)
+    one_line(lambda: fetch("cifar10", tmp_path), "cifar10 could not be downloaded into", "): try again, or place the files there")
+    assert waits == [60] and socket.getdefaulttimeout() is None
 
 
 @pytest.mark.skipif(not (REAL / "cifar100").is_dir(), reason="CIFAR-100 is not here")
@@ -220,6 +262,24 @@ def test_a_zip_that_was_cut_or_tampered_with(tmp_path):
         path.write_bytes(cut)
         one_line(lambda: load("tinyimagenet", tmp_path), f"{path} is not a whole zip archive", "remove it and get it again")
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_what_a_kill_left_of_an_unpacking_is_removed_after_an_hour(tmp_path):
+    tiny(tmp_path)
+    for name, age in (("tinyimagenet.old.tmp", 4000), ("tinyimagenet.young.tmp", 60), ("other.old.tmp", 4000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.npy").write_bytes(b"x")
+        for p in (tmp_path / name / "x.npy", tmp_path / name):
+            os.utime(p, (time.time() - age,) * 2)
+    load("tinyimagenet", tmp_path)
+    assert sorted(p.name for p in tmp_path.glob("*.tmp")) == ["other.old.tmp", "tinyimagenet.young.tmp"]
+
+
+def test_an_archive_that_would_unpack_to_gigabytes_is_refused_unread(tmp_path, monkeypatch):
+    path = tiny(tmp_path)
+    monkeypatch.setattr(entries, "LARGEST", 100)
+    one_line(lambda: load("tinyimagenet", tmp_path), f"{path} holds tiny-imagenet-200/", "which would unpack to",
+             "no image or list is that large")
 
 
 def test_a_cache_that_cannot_be_written_or_is_in_the_way(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from helpers import few_shot_toy, gen, toy
 from relkd.catalogue import known_recipes
 from relkd.data import load
 from relkd.plots import distances_figure, episode_figure, plane
+from relkd.ground import digest
 from relkd.records import load_records, make_record, write_record
 from relkd.tables.paired import accuracies, agreement, as_text, compare, csv_of, draw, episodes_needed, summary, table
 from relkd.tables.recipe import recipe
@@ -26,7 +27,7 @@ COST = dict(seconds=1., trained_beside=1, images_per_second=1., processes=1, wei
 
 
 def records_of(values, recipe="toy", protocol=None):
-    return [make_record({"recipe": recipe, "row": row, "variant": {}, "seed": s}, "x",
+    return [make_record({"recipe": recipe, "row": row, "variant": {}, "seed": s}, digest({"row": row, "seed": s, **(protocol or {})}),
                         {"row": row, "seed": s, **(protocol or {})}, "top-1", {"top-1": {"accuracy": a}},
                         [{"epoch": 1, "accuracy": a + 1}, {"epoch": 2, "accuracy": a}], torch.device("cpu"), **COST)
             for row, v in values.items() for s, a in enumerate(v)]
@@ -35,8 +36,9 @@ def records_of(values, recipe="toy", protocol=None):
 def episodes(row, seed, hits, queries=75, trial=0):
     tests = {"5-way 1-shot": {"hits": " ".join(map(str, hits)), "queries": queries, "episodes": len(hits),
                               "accuracy": 100 * np.mean(hits) / queries, "interval": 1.}}
-    return make_record({"recipe": "few-shot-toy", "row": row, "variant": {"shot": 1}, "seed": seed}, "x",
-                       {"tests": [{"way": 5, "shot": 1, "seed": trial}]}, "5-way 1-shot", tests,
+    protocol = {"tests": [{"way": 5, "shot": 1, "seed": trial}]}
+    return make_record({"recipe": "few-shot-toy", "row": row, "variant": {"shot": 1}, "seed": seed}, digest(protocol),
+                       protocol, "5-way 1-shot", tests,
                        [{"epoch": 1, "loss": 1., "validation": 20.}], torch.device("cpu"), **COST)
 
 

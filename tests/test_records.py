@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data_helpers import one_line
+from relkd.ground import digest
 from relkd.records import (VERSION, cell_name, environment, load_records, make_record, read_record, record_path,
                            to_tensorboard, upgraded, write_record)
 
@@ -18,13 +19,14 @@ COST = dict(seconds=1., trained_beside=2, images_per_second=3., processes=1, wei
 def record(row="HKD", seed=0, recipe="t", variant=(), accuracy=90.):
     cell = {"recipe": recipe, "row": row, "variant": dict(variant), "seed": seed}
     epochs = [{"epoch": 1, "loss": 2., "accuracy": accuracy + 1}, {"epoch": 2, "loss": None, "accuracy": accuracy}]
-    return make_record(cell, "r", {"precision": "32-true"}, "top-1", {"top-1": {"accuracy": accuracy}}, epochs, CPU, **COST)
+    protocol = {"precision": "32-true"}
+    return make_record(cell, digest(protocol), protocol, "top-1", {"top-1": {"accuracy": accuracy}}, epochs, CPU, **COST)
 
 
 def few_shot_record():
     cell, tests = ({"recipe": "t", "row": "RKD-D", "variant": {"shot": 1}, "seed": 0},
                    {"5-way 1-shot": {"accuracy": 55.6, "hits": "1 2"}, "20-way 1-shot": {"accuracy": 40.}})
-    return make_record(cell, "r", {}, "5-way 1-shot", tests, [{"epoch": 1, "loss": 2., "validation": 50.9}], CPU, **COST)
+    return make_record(cell, digest({}), {}, "5-way 1-shot", tests, [{"epoch": 1, "loss": 2., "validation": 50.9}], CPU, **COST)
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -78,6 +80,27 @@ def test_damaged_records_are_named(tmp_path, damage, said):
     path = write_record(tmp_path, record())
     path.write_text(damage(path.read_text()))
     one_line(lambda: load_records(tmp_path, "t"), f"record {path} is damaged", said, "run the recipe again")
+
+
+@pytest.mark.parametrize("damage, said", [
+    (lambda t: t.replace('"last": 50.0', '"last": 60.0'), "its 'last' is not the accuracy of '5-way 1-shot'"),
+    (lambda t: t.replace("50.0", "60.0"), "the hits of '5-way 1-shot' do not give its accuracy"),
+    (lambda t: t.replace('"hits": "1 2"', '"hits": "1 9"'), "the hits of '5-way 1-shot' do not give its accuracy"),
+    (lambda t: t.replace('"protocol": {}', '"protocol": {"seed": 1}'), "its protocol is not that of its run"),
+    (lambda t: t.replace('"headline": "5-way 1-shot"', '"headline": "top-1"'), "its 'last' is not the accuracy of 'top-1'"),
+])
+def test_a_record_that_contradicts_itself_is_named(tmp_path, damage, said):
+    r = few_shot_record()
+    r["tests"]["5-way 1-shot"] |= {"queries": 3, "hits": "1 2", "accuracy": 50.}
+    r["last"] = 50.
+    path = write_record(tmp_path, r)
+    assert load_records(tmp_path, "t") == [r]
+    path.write_text(damage(path.read_text()))
+    one_line(lambda: load_records(tmp_path, "t"), f"record {path} was changed after it was written", said)
+
+
+def test_a_place_in_a_record_is_no_path():
+    assert "/" not in cell_name("../row", {"../../x": "/etc"}, 0)
 
 
 def test_missing_records_and_a_folder_in_the_place_of_one(tmp_path):

@@ -17,7 +17,7 @@ from relkd.models import create, load, load_into, weights_hash
 from relkd.models.names import NAMES, candidates, fitted
 from relkd.models.weights import Opened, opened
 from relkd.tables.run import run, trained
-from relkd.tables.teacher import INPUTS, TeacherFile, check, fed
+from relkd.tables.teacher import INPUTS, TeacherFile, begun, check, fed
 from relkd.tasks.classify import evaluate
 from relkd.train import Session
 
@@ -386,6 +386,31 @@ def test_an_accuracy_that_is_not_the_one_stated(strange, tmp_path):
     assert not list((tmp_path / "a").glob("records/**/*.json"))
     with pytest.warns(UserWarning, match=f"{right:.2f} stated .accuracy.: name inputs="):
         run(recipe_with(str(path)), session(tmp_path / "b"))
+
+
+def test_a_start_goes_through_the_same_reader(strange, tmp_path):
+    path, _ = strange
+    still = replace(toy().schedule, lr=0., weight_decay=0.)
+    r = recipe_with(None, schedule=still, teacher_schedule=still, starts={"student": TeacherFile(path, STRANGE)})
+    records = run(r, session(tmp_path))
+    student = next(x for x in records if x["row"] == r.rows[0].name)
+    assert student["protocol"]["start"]["inputs"] == [[.5], [.25]]
+    net, want = trained(r, student["row"], 0, session(tmp_path)), load_into(create("resnet8x0.5", 10, 1), path)
+    same = {n for (n, a), b in zip(net.named_parameters(), want.parameters()) if a.equal(b)}
+    assert {n for n, _ in want.named_parameters()} - same == {"fc.weight", "fc.bias"} and len(net._forward_pre_hooks) == 1
+    for starts, said in (({"student": TeacherFile(path, renames="kuangliu resnet")}, "does not fit this ResNetCifar"),
+                         ({"teacher": TeacherFile(path, ((.5,), (0.,)))}, "inputs need 1 means and 1 deviations above 0")):
+        assert_says(lambda: run(recipe_with(None, starts=starts), session(tmp_path / "other")), said)
+    assert not list((tmp_path / "other").glob("records/**/*.json"))
+
+
+def test_a_start_whose_names_are_in_doubt_is_refused_unless_they_are_named(tmp_path):
+    data = few_digits()
+    torch.save({k.replace("shortcut", "downsample"): v for k, v in network("resnet18").state_dict().items()}, tmp_path / "r.pth")
+    net = create("resnet18", 7)
+    assert_says(lambda: begun([net], tmp_path / "r.pth", "resnet18", data), "max-pool .*: name renames='torchvision resnet' if")
+    begun([net], TeacherFile(tmp_path / "r.pth", renames="torchvision resnet"), "resnet18", data)
+    assert net.conv1.weight.equal(network("resnet18").conv1.weight) and net.fc.out_features == 7
 
 
 def test_two_inputs_are_two_experiments(strange, tmp_path):

@@ -257,6 +257,28 @@ def test_weights_beside_the_package_or_else_in_the_working_directory(tmp_path, m
     assert manifest("beside")["network"] == "resnet8x0.5" and "known are beside" in one_line(lambda: load("zzz"))
 
 
+def test_a_folder_of_hugging_face_and_a_part_that_a_browser_renamed(tmp_path):
+    from safetensors.torch import save_file
+
+    hub = tmp_path / "timm" / "resnet18.a1_in1k"
+    hub.mkdir(parents=True)
+    (hub / "config.json").write_text('{"architecture": "resnet18", "num_classes": 1000}')
+    for name in ("timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k/config"):
+        assert "no weights are published in" in one_line(lambda: load(name, tmp_path))
+    save_file({"conv1.weight": torch.zeros(64, 3, 7, 7)}, hub / "model.safetensors")
+    for name in ("timm/resnet18.a1_in1k", "timm/resnet18.a1_in1k/config"):
+        assert f"is a folder of Hugging Face, not published here: load its file, load('{hub / 'model.safetensors'}', network=...)" in \
+            one_line(lambda: load(name, tmp_path))
+    net = network(*SMALL)
+    save(net, NAME, *SMALL, tmp_path)
+    part = tmp_path / f"{NAME}-0.safetensors"
+    part.rename(part.with_name("resnet8x0.5-0 (1).safetensors"))
+    assert load(NAME, tmp_path)(images()).equal(rounded(net).eval()(images()))
+    part.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0")
+    assert "part resnet8x0.5-0.safetensors of digits/resnet8x0.5 is a git-lfs pointer: run `git lfs pull`" in \
+        one_line(lambda: load(NAME, tmp_path))
+
+
 def test_what_else_lies_in_the_folder_is_no_network(tmp_path):
     save(network(*SMALL), NAME, *SMALL, tmp_path)
     text = (tmp_path / f"{NAME}.json").read_bytes()

@@ -8,9 +8,12 @@ __all__ = ['CONVERSIONS', 'PLAIN', 'read_npy', 'image_array', 'label_array', 'nc
 
 # %% ../../nbs/data/05_arrays.ipynb #65acf99d
 import csv
+import glob
 import io
+import os
 import shutil
 import tempfile
+import time
 import warnings
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -24,7 +27,12 @@ from .sets import Dataset, joined
 
 # %% ../../nbs/data/05_arrays.ipynb #ecf0fc97
 CONVERSIONS = ( # what people have instead, and what makes it what it must be
+    ('images', lambda a: a.ndim == 4 and a.dtype.kind == 'f' and a[:64].min() < 0,
+     'x = x * std + mean, as it was normalised, then x = (x * 255).round().astype(np.uint8)'),
+    ('images', lambda a: a.ndim == 4 and a.dtype.kind == 'f' and a[:64].max() > 1, 'x = x.round().astype(np.uint8), if x is from 0 to 255'),
     ('images', lambda a: a.ndim == 4 and a.dtype.kind == 'f', 'x = (x * 255).round().astype(np.uint8), if x is from 0 to 1'),
+    ('images', lambda a: a.ndim == 4 and a.dtype.kind == 'u' and a.itemsize > 1 and a[:64].max() > 255,
+     'x = (x >> 8).astype(np.uint8), if x is from 0 to 65535'),
     ('images', lambda a: a.ndim == 4 and a.shape[1] in (1, 3), 'x = x.transpose(0, 2, 3, 1)'),
     ('images', lambda a: a.ndim == 4 and a.shape[3] == 4, 'x = x[..., :3]'),
     ('images', lambda a: a.ndim == 4 and a.dtype.kind in 'iub', 'x = x.astype(np.uint8), if x is from 0 to 255'),
@@ -32,10 +40,12 @@ CONVERSIONS = ( # what people have instead, and what makes it what it must be
     ('images', lambda a: a.ndim == 2, 'x = x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), if the rows are such'),
     ('labels', lambda a: a.ndim == 2 and a.shape[1] == 1, 'y = y.ravel()'),
     ('labels', lambda a: a.ndim == 2, 'y = y.argmax(1), if it is one-hot'),
+    ('labels', lambda a: a.dtype.kind == 'f' and (a != np.round(a)).any(), 'class numbers: it holds NaN or fractions, drop those images'),
     ('labels', lambda a: a.dtype.kind in 'fb', 'y = y.astype(np.int64)'),
     ('labels', lambda a: a.dtype.kind in 'US', 'names, y = np.unique(y, return_inverse=True)'),
 )
 
+# %% ../../nbs/data/05_arrays.ipynb #5ef3f8ba
 def read_npy(
     path,
     dims:int,  # that it must have
@@ -44,11 +54,17 @@ def read_npy(
 ) -> np.ndarray: # mapped into memory
     "One array. Raises ValueError naming the file if it is not whole or holds something else."
     try: a = np.lib.format.open_memmap(path, mode='c')
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:                          # a damaged header raises anything
+        if 'Python objects' in str(error):
+            raise ValueError(f"{path} holds Python objects, not numbers: np.save np.stack(list(x)) of images of one size, "
+                             "or np.array(list(y)) of labels") from error
         start = first_bytes(path)
         kind = kind_of(start) if start else ''
         if ': ' in kind and 'npy array' not in kind: raise ValueError(f"{path} {kind}") from error
-        raise ValueError(f"{path} is not a whole .npy file ({str(error).splitlines()[0]}): make it again") from error
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a whole .npy file ({why}): make it again") from error
+    if (size := os.path.getsize(path)) != (due := a.offset + a.nbytes):
+        raise ValueError(f"{path} is not a whole .npy file ({size:,} bytes, {due:,} are due): make it again")
     if a.ndim != dims or not fits(a):
         do = next((f"; np.save it again with {how}" for of, has, how in CONVERSIONS if of in what and has(a)), '')
         raise ValueError(f"{path} must hold {what}; got {a.dtype} {a.shape}{do}")
@@ -70,7 +86,8 @@ def label_array(
     a = np.array(read_npy(path, 1, f'{len(images)} integer labels', fits), dtype=np.int64)
     if len(a) and (a.min() < 0 or classes is not None and a.max() >= classes):
         last = '...' if classes is None else classes - 1
-        raise ValueError(f"{path} must hold labels from 0 to {last}; got {a.min()} to {a.max()}")
+        drop = ': drop the images without a class' if a.min() < 0 else ''
+        raise ValueError(f"{path} must hold labels from 0 to {last}; got {a.min()} to {a.max()}{drop}")
     return torch.from_numpy(a)
 
 def nchw(a:np.ndarray) -> torch.Tensor:
@@ -108,9 +125,11 @@ def read_csv(
     try: rows = list(csv.DictReader(io.StringIO(text, newline=''), delimiter=mark, skipinitialspace=True))
     except csv.Error as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}): make it again") from error
-    if not rows or any(r.get(c) is None for r in rows for c in columns):
-        raise ValueError(f"{path} must have rows with the columns {', '.join(columns)}; "
-                         f"its first line is {head.strip()[:60]!r}")
+    if not rows or any(c not in rows[0] for c in columns):
+        raise ValueError(f"{path} must have rows with the columns {', '.join(columns)}; its first line is {head.strip()[:60]!r}"
+                         f": put the line {','.join(columns)} above it, if these are the first columns")
+    if short := next((k for k, r in enumerate(rows, 2) if any(not r[c] for c in columns)), None):
+        raise ValueError(f"{path}, line {short} has no {' or no '.join(columns)}: complete or remove it")
     return rows
 
 def write_csv(path, columns, rows):
@@ -119,6 +138,11 @@ def write_csv(path, columns, rows):
         csv.writer(f).writerows([columns, *rows])
 
 # %% ../../nbs/data/05_arrays.ipynb #8a6e4326
+def _tidy(folder): # remove what was cut off and not touched for an hour
+    for old in folder.parent.glob(f'{glob.escape(folder.name)}.*.tmp'):
+        if old.is_dir() and time.time() - max(p.stat().st_mtime for p in (old, *old.iterdir())) > 3600:
+            shutil.rmtree(old, ignore_errors=True)
+
 @contextmanager
 def whole_folder(
     folder, # that is to be made
@@ -127,6 +151,7 @@ def whole_folder(
     folder, part = Path(folder), None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        _tidy(folder)
         part = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name + '.', suffix='.tmp'))
         part.chmod(0o755)
         yield part

@@ -15,6 +15,7 @@ import torch
 
 from .arrays import check_order, nchw, plain_place, read_plain
 from .finds import near
+from .parts import Parts, part_places
 from .sets import Dataset, joined
 from .source import Source, fetch_torchvision
 from .splits import halves, held_out_splits
@@ -134,5 +135,26 @@ def _of_cifar100(root, name):
     "CIFAR-FS or FC100: all 600 images of each class of CIFAR-100."
     return replace(CIFAR100(root), name=name, splits=few_shot_splits(name))
 
-_SAME = tuple((words, files, _of_cifar100) for words, files, _ in CIFAR100.places)
-CIFAR_FS, FC100 = (replace(CIFAR100, name=n, places=_SAME, splits={}) for n in ('cifar_fs', 'fc100'))
+# %% ../../nbs/data/08_cifar.ipynb #f68db530
+def _as_published(read, root, name):
+    "A set of three parts; warns if it is not the published one."
+    d, due = read(root, name), few_shot_splits(name)
+    count, known = len(d.labels), {c: i for i, c in enumerate(CLASSES['cifar100'])}
+    if all(c in known for c in d.classes):
+        if odd := next(((s, d.classes[i]) for s, part in d.splits.items() for i in part if known[d.classes[i]] not in due[s]), None):
+            warnings.warn(f"{name}: class {odd[1]!r} is in {odd[0]}, and not so in the published split: its results are its own")
+    if count != 60000: warnings.warn(f"{name}: {count:,} images of {len(d.classes)} classes; the published set has 60,000 of 100")
+    return d
+
+_FORMS = { # the pickles in words and as a pattern, lists of classes beside CIFAR-100's images
+    'cifar_fs': ('CIFAR_FS_{train,val,test}.pickle', r'cifar[-_]?fs_(train|val|test)\.(?:pickle|pkl)', ('splits/bertinetto/{}.txt',)),
+    'fc100': ('FC100_{train,val,test}.pickle', r'fc100_(train|val|test)\.(?:pickle|pkl)', ())}
+
+def _few_shot(name):
+    same = tuple((words, files, _of_cifar100) for words, files, _ in CIFAR100.places)
+    words, pattern, named = _FORMS[name]
+    three = part_places(Parts(name, 32, (pattern,), named=named), words)
+    own = tuple((words, files, partial(_as_published, read)) for words, files, read in three)
+    return replace(CIFAR100, name=name, places=(*same, *own), splits={})
+
+CIFAR_FS, FC100 = _few_shot('cifar_fs'), _few_shot('fc100')

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 
 from .arrays import label_array, read_csv, read_npy, whole_folder, write_csv
-from .entries import Entries
+from .entries import Entries, check_stamp, stamp
 from .finds import near
-from .images import decode
+from .images import decode, read_pixels
 from .sets import Dataset, rounded_like
 from .source import Source, cache_root, fetch_torchvision
 from .splits import held_out_splits
@@ -59,17 +59,24 @@ def _characters(path): # (alphabet, character) of each label
                          f"got {', '.join(sorted(r['label'] for r in rows)[:4])} ...")
     return [called[str(i)] for i in range(len(rows))]
 
+def _small(images, resize, folder): # (N, 1, 28, 28) uint8
+    if images.shape[1:] == (28, 28): # somebody shrank them: the greys are what they are
+        if resize != 'area':
+            raise ValueError(f"{folder} holds drawings that were shrunk to 28 x 28 already: resize={resize!r} needs the publisher's")
+        return images[:, None] * (255 if images.max() <= 1 else 1)
+    shrink = area_resize if resize == 'area' else nearest_resize
+    return torch.cat([shrink(part.gt(0).to(torch.uint8)[:, None] * 255, 28) for part in images.split(1024)])
+
 def _read(root, name, resize='area'):
-    "Omniglot from `omniglot/{images,labels}.npy`, (N, 105, 105) with 1 = ink, and characters.csv."
+    "Omniglot from `omniglot/{images,labels}.npy`, (N, 105, 105) with 1 = ink or (N, 28, 28), and characters.csv."
     folder = _folder(root)
     if resize not in ('area', 'nearest'):
         raise ValueError(f"omniglot is shrunk with resize 'area' or 'nearest'; got {resize!r}")
+    check_stamp(folder, [path for _, path in _lying(root) or ()])
     images = read_npy(folder / 'images.npy', 3, 'uint8 drawings (N, H, W)', lambda a: a.dtype == np.uint8)
     characters = _characters(folder / 'characters.csv')
     labels = label_array(folder / 'labels.npy', images, len(characters))
-    shrink = area_resize if resize == 'area' else nearest_resize
-    parts = torch.from_numpy(images).split(1024)
-    small = torch.cat([shrink(part.gt(0).to(torch.uint8)[:, None] * 255, 28) for part in parts])
+    small = _small(torch.from_numpy(images), resize, folder)
     turned = torch.cat([torch.rot90(small, k, (2, 3)) for k in range(4)])
     splits = held_out_splits([{a, f'{a}/{c}'} for a, c in characters] * 4, HELD_OUT_ALPHABETS)
     classes = tuple(f'{a}/{c}/rot{90 * k:03}' for k in range(4) for a, c in characters)
@@ -105,11 +112,12 @@ def _drawings(entries, subset): # sorted (subset, alphabet, character, entry)
     if subset: return sorted((subset, *d) for d in found)
     return sorted((SUBSETS[alphabet in late], alphabet, c, n) for alphabet, c, n in found)
 
-def _inked(entries, names): # (N, 105, 105), 1 = ink
-    advice = ": drawings that were shrunk cannot be brought back: get the publisher's"
-    parts = decode(names, entries.read, entries.path, 105, grey=True, advice=advice)
-    ink = np.concatenate([(x[..., 0] < 128).astype(np.uint8) for x in parts])
-    if ink.mean() > .5:
+def _inked(entries, names): # (N, 105, 105), 1 = ink; or (N, 28, 28), 255 = ink
+    side = read_pixels(lambda: entries.read(names[0]), names[0], entries.path, grey=True).shape[0]
+    size, advice = (28 if side == 28 else 105), ": the publisher's have 105, and 28 are read, too"
+    parts = [x[..., 0] for x in decode(names, entries.read, entries.path, size, grey=True, advice=advice)]
+    ink = np.concatenate([255 - x if size == 28 else (x < 128).astype(np.uint8) for x in parts])
+    if ink.mean() > .5 * ink.max():
         raise ValueError(f"{entries.path} holds more ink than paper: its drawings are inverted, white on black; invert them again")
     return ink
 
@@ -126,7 +134,10 @@ def _unpack(root, name, resize='area'):
             number = {r[1:]: r[0] for r in rows}
             labels += [number[d[:3]] for d in drawings]
             images.append(_inked(entries, [d[3] for d in drawings]))
+    if len({x.shape[1:] for x in images}) > 1:
+        raise ValueError(f"{root / 'omniglot-py'} holds drawings of 105 x 105 pixels and of 28 x 28: take either")
     with whole_folder(_target(root)) as part:
+        stamp(part, [path for _, path in _lying(root)])
         np.save(part / 'images.npy', np.concatenate(images))
         np.save(part / 'labels.npy', np.array(labels, dtype=np.int64))
         write_csv(part / 'characters.csv', ('label', 'subset', 'alphabet', 'character'), rows)

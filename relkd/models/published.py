@@ -17,7 +17,7 @@ from torch import nn
 from ..ground import nearest, write_atomically
 from .networks import create
 from .names import candidates, load_into, outside
-from .weights import bare, misfit, opened
+from .weights import bare, misfit, no_weights, opened
 
 # %% ../../nbs/lab/01_published.ipynb #24d27e85
 def _half(tensors):
@@ -96,7 +96,7 @@ def save(
     if wrong := misfit(tensors, create(network, classes, channels, **(options or {})).state_dict()):
         raise ValueError(f"the weights do not fit {_is(network, classes, channels)} ({wrong}): "
                          "name the network that they were trained in")
-    path = Path(folder) / f'{name}.json'
+    path = Path(folder).expanduser() / f'{name}.json'
     parts = _written(path, tensors, part_size)
     made = {'name': name, 'network': network, 'classes': classes, 'channels': channels, 'dtype': 'float16',
             'bytes': sum(p['bytes'] for p in parts), 'parts': parts, 'about': about or {}}
@@ -115,8 +115,21 @@ def _folder(folder):
     "Where published weights are looked for."
     import relkd
     beside = Path(relkd.__file__).resolve().parents[1] / 'weights'
-    return Path(folder) if folder else beside if beside.is_dir() else Path('weights')
+    return Path(folder).expanduser() if folder else beside if beside.is_dir() else Path('weights')
 
+def _foreign(path):
+    "Is it JSON of somebody else's, whole and without parts?"
+    try: content = json.loads(path.read_text(encoding='utf-8-sig'))
+    except (OSError, ValueError): return False
+    return isinstance(content, dict) and 'parts' not in content
+
+def _hub_file(folder, name):
+    "The weights in a folder of Hugging Face's layout, asked for by the folder's name or its config's; None if it is none."
+    for at in (folder / name, (folder / name).parent):
+        if (at / 'config.json').is_file():
+            return next((f for n in ('model.safetensors', 'pytorch_model.bin') if (f := at / n).is_file()), None)
+
+# %% ../../nbs/lab/01_published.ipynb #41238ea0
 def manifest(
     name:str,    # 'cifar100/resnet50'
     folder=None, # by default weights/ beside the package, which a checkout has, else weights/ in the working directory
@@ -125,8 +138,10 @@ def manifest(
     folder = _folder(folder)
     files = [p for p in sorted(folder.glob('**/*.json')) if not p.name.startswith('._')] # ._x is a Mac's
     known = {p.relative_to(folder).as_posix()[:-5]: p for p in files}
-    if name not in known:
+    if name not in known or _foreign(known[name]):
         published = [n for n, p in known.items() if b'"parts"' in p.read_bytes()]
+        if file := _hub_file(folder, name):
+            raise ValueError(f"{name!r} is a folder of Hugging Face, not published here: load its file, load({str(file)!r}, network=...)")
         if not published:
             raise ValueError(f"no weights are published in {folder}, {name!r} neither: "
                              "name another folder, or put them there with `relkd publish`")
@@ -143,6 +158,14 @@ def manifest(
     return m
 
 # %% ../../nbs/lab/01_published.ipynb #1dd5533d
+def _part(path, p):
+    "The bytes of a part, also under a browser's name for a second download: 'resnet8-0 (1).safetensors'; None without one."
+    try:
+        return path.read_bytes()
+    except OSError:
+        alike = [f for f in path.parent.glob('*.safetensors') if f.stat().st_size == p['bytes']]
+        return next((c for f in alike if hashlib.sha256(c := f.read_bytes()).hexdigest() == p['sha256']), None)
+
 def _of_file(path, network, classes, renames):
     "A network filled from anybody's file."
     found = opened(path)
@@ -168,10 +191,11 @@ def load(
     from safetensors.torch import load as from_bytes
     m, tensors, again = manifest(name, folder), {}, 'get it again, or publish the network again'
     for p in m['parts']:
-        try:
-            content = (_folder(folder) / name).with_name(Path(p['name']).name).read_bytes()
-        except OSError:
-            raise ValueError(f"part {p['name']} of {name} is missing: {again}") from None
+        content = _part((_folder(folder) / name).with_name(Path(p['name']).name), p)
+        if content is None:
+            raise ValueError(f"part {p['name']} of {name} is missing: {again}")
+        if what := no_weights(content[:64]):
+            raise ValueError(f"part {p['name']} of {name} is {what}")
         if hashlib.sha256(content).hexdigest() != p['sha256']:
             raise ValueError(f"part {p['name']} of {name} is damaged "
                              f"({len(content):,} bytes and another hash; {p['bytes']:,} were written): {again}")

@@ -15,6 +15,7 @@ from torch import nn
 
 from ..checkpoints import drop_checkpoint, manifest_of
 from ..data import load
+from ..data.source import looking_in
 from ..distill import Objective, Row
 from ..features import Features
 from ..ground import digest
@@ -85,8 +86,8 @@ class _Bound:
         self.fabric = session.fabric(self.precision)
         self.weights = _of_file(recipe.teacher_weights) if recipe.teacher_weights else None
         self.starts = {which: _of_file(weights) for which, weights in recipe.starts.items()}
-        own = callable(recipe.data)
-        data = recipe.data() if own else load(recipe.data, session.root, **recipe.data_options)
+        with looking_in(session.root):                        # also for a function
+            data = recipe.data() if callable(recipe.data) else load(recipe.data, **recipe.data_options)
         for task in recipe.tasks:
             for each in (task, task.for_teacher(), *(r.learns(task) for r in recipe.rows)):
                 each.check(data)

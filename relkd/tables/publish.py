@@ -16,7 +16,7 @@ from ..models import manifest, rounded, save
 from ..records import environment, load_records, record_path
 from .recipe import Recipe, called
 from .run import Experiment
-from .teacher import fed, inputs_of
+from .teacher import fed, given_to, inputs_of
 from ..train.session import Session
 
 # %% ../../nbs/lab/34_publish.ipynb #b8cf6cb7
@@ -37,7 +37,7 @@ def _finished(experiment):
 
 def _given(experiment, record):
     "Where the network of a cell came from, if it was not trained here."
-    return experiment.recipe.teacher_weights if record['row'] == 'Teacher' else None
+    return given_to(experiment.recipe, record['row'] == 'Teacher')
 
 def _weights_of(experiment, of, task, protocol, record):
     "The network of a finished cell. Raises ValueError if its weights are missing, or belong to another record."

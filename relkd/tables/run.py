@@ -13,13 +13,13 @@ from torch import nn
 from ..checkpoints import drop_checkpoint, hold, load_checkpoint, save_checkpoint
 from ..distill import Row
 from ..ground import check_writable, digest, teacher_seed
-from ..models import create, read_weights, weights_hash
+from ..models import create, weights_hash
 from ..models.weights import start_from
 from ..records import environment, make_record, write_record
 from .experiment import Experiment, cell, clear_orphans, of_earlier_version, refuse_others
 import relkd.tables.recipe as recipes
 from .recipe import Recipe
-from .teacher import as_teacher, compare, fed, taken
+from .teacher import as_teacher, begun, compare, fed, given_to, taken
 from ..train.learner import Learner
 from ..train.loop import fit
 from ..train.session import Saver, Session
@@ -68,15 +68,13 @@ def _begin(experiment, which, nets):
     "Fill networks with the weights that a recipe lets its teacher or its students start from, if it does."
     r, s = experiment.recipe, experiment.session
     given = r.starts.get(which)
-    if not given or not nets:
-        return
-    if isinstance(given, tuple):
+    if isinstance(given, tuple) and nets:
         other = recipes.recipe(given[0])
         tensors = trained(other, given[1], other.seeds[0], Session(out=s.out, device=s.device, root=s.root)).state_dict()
-    else:
-        tensors = read_weights(given)
-    for net in nets:
-        start_from(net, tensors)
+        for net in nets:
+            start_from(net, tensors)
+    elif given and not isinstance(given, tuple):
+        begun(nets, given, r.teacher if which == 'teacher' else r.student, experiment.data)
 
 # %% ../../nbs/lab/32_run.ipynb #ec02821a
 def _given(experiment, group, task, net):
@@ -97,7 +95,7 @@ def _teacher(experiment, group):
     "The teacher of a group: found, given, or trained."
     e, r = experiment, experiment.recipe
     task, protocol = group.task.for_teacher(), e.teacher_protocol(group.task, group.stream)
-    net = fed(e.network(r.teacher, task, teacher_seed(group.stream)), r.teacher_weights, e.data)
+    net = fed(e.network(r.teacher, task, teacher_seed(group.stream)), given_to(r, True), e.data)
     if any(record['run'] == digest(protocol) for record in e.session.records):
         net.load_state_dict(load_checkpoint(e.path(protocol), digest(protocol))['model'])
     elif weights := _finished(e, protocol):
@@ -121,7 +119,7 @@ def _students(experiment, group, teacher):
     if not missing:
         return
     tasks = {row.name: row.learns(group.task) for row in r.rows}
-    nets = [e.network(r.student, tasks[row.name], seed) for row, seed, _ in missing]
+    nets = [fed(e.network(r.student, tasks[row.name], seed), given_to(r, False), e.data) for row, seed, _ in missing]
     _begin(e, 'student', nets)
     learners = [Learner(net, row, r.schedule, seed, tasks[row.name]) for net, (row, seed, _) in zip(nets, missing)]
     stream = group.task.stream(e.data, r.schedule, group.stream, teacher=False, draw=group.stream)
@@ -137,6 +135,8 @@ def run(
     session = session or Session()
     check_writable(session.out, '--out')
     e = Experiment(recipe, session)
+    for which in recipe.starts:
+        _begin(e, which, [])                      # what is wrong with a file is said now
     environment(e.fabric.device)                  # as it is now: code on disk may change under a long run
     with hold(e.folder) if e.fabric.is_global_zero else nullcontext():
         if not session.replace:
@@ -176,6 +176,6 @@ def trained(
             of, task = (recipe.teacher if row == 'Teacher' else recipe.student), learns(task)
             net = create(of, task.outputs(e.data), e.data.channels)
             net.load_state_dict(saved['model'])
-            return fed(net, recipe.teacher_weights if row == 'Teacher' else None, e.data).eval()
+            return fed(net, given_to(recipe, row == 'Teacher'), e.data).eval()
     raise ValueError(f"no finished run of row {row!r}, seed {seed}{''.join(f', {k} {v}' for k, v in variant.items())} "
                      f"in {e.folder}: run {recipe.name} first")
