@@ -119,8 +119,16 @@ def _exchanged(student, teacher):
         return any(isinstance(e, torch.Tensor) and e.requires_grad for e in each)
     return wants(teacher) and not wants(student)
 
+class _InOrder(_Defaults):
+    "A loss that notices a student and a teacher exchanged."
+    def __call__(self, *args, **options):
+        if len(args) > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling() and _exchanged(*args[:2]):
+            warn(f"{type(self).__name__}: what stands in the student's place wants no gradient and what stands in the "
+                 "teacher's place does, so this term teaches nothing: call it loss(student, teacher)", stacklevel=2)
+        return super().__call__(*args, **options)
+
 # %% ../../nbs/losses/00_contract.ipynb #83d4faa4
-class DistillationLoss(_Defaults):
+class DistillationLoss(_InOrder):
     """A loss that compares a layer of a student with a layer of a teacher: `loss(student, teacher)`, student first.
 
     A subclass calls `super().__init__()` and writes `forward`. The rest has defaults.
@@ -150,12 +158,6 @@ class DistillationLoss(_Defaults):
     whose work can be divided computes a share from then on, such that the mean over the processes is the loss. By
     default only the parts that remember are told.
     """
-    def __call__(self, *args, **options):
-        if len(args) > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling() and _exchanged(*args[:2]):
-            warn(f"{type(self).__name__}: what stands in the student's place wants no gradient and what stands in the "
-                 "teacher's place does, so this term teaches nothing: call it loss(student, teacher)", stacklevel=2)
-        return super().__call__(*args, **options)
-
     def forward(self,
         student,    # a layer of the student, or a list of layers: receives the gradient
         teacher,    # of the teacher, or its `teacher_part`: receives none
