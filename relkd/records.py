@@ -169,7 +169,8 @@ def diverged(
     for r in records:
         if r['epochs'] and r['epochs'][-1].get('loss', 0) is None:
             lost.setdefault(r['row'], set()).add(r['seed'])
-    return [f"{row} diverged with seed{'s' * (len(s) > 1)} {', '.join(map(str, sorted(s)))}: its last loss is not finite" for row, s in lost.items()]
+    def shown(s): return f"seed{'s' * (len(s) > 1)} {', '.join(map(str, sorted(s)))}"
+    return [f"{row} diverged with {shown(s)}: its last loss is not finite" for row, s in lost.items()]
 
 # %% ../nbs/lab/21_records.ipynb #a5278914
 def to_tensorboard(

@@ -57,6 +57,7 @@ def check_name(
     source, root = _source(name, data_root(root))
     source.find(root, **options)
 
+# %% ../../nbs/data/13_catalogue.ipynb #541c9606
 def fetch(
     name:str,            # one of SOURCES
     root=None,           # where to put it; as data_root takes it
@@ -88,8 +89,9 @@ def _entry(name, source, root):
 
 # %% ../../nbs/data/13_catalogue.ipynb #a1b9408c
 def _is_entry(e, name): # of the form that `_entry` gives: somebody may have edited the file
-    kinds = {'error': str} if isinstance(e, dict) and 'error' in e else {'counts': dict, 'shape': list, 'classes': int, 'fingerprint': str}
-    return isinstance(e, dict) and e.get('name') == name and all(isinstance(e.get(k), t) for k, t in kinds.items())
+    if not isinstance(e, dict): return False
+    kinds = {'error': str} if 'error' in e else {'counts': dict, 'shape': list, 'classes': int, 'fingerprint': str}
+    return e.get('name') == name and all(isinstance(e.get(k), t) for k, t in kinds.items())
 
 def _kept(path): # of the last time
     try: known = json.loads(path.read_text(encoding='utf-8-sig'))

@@ -125,8 +125,8 @@ def _say_diverged(learner):
     "A loss that is not finite is said once, at the end of its epoch."
     lost = [e['epoch'] for e in learner.epochs if e['loss'] is None]
     if lost == [learner.epochs[-1]['epoch']]:
-        warnings.warn(f"{learner.row.name}, seed {learner.seed}: the loss of epoch {lost[0]} is not finite: it has diverged, and learns nothing "
-                      "any more; a smaller learning rate or weight may help")
+        warnings.warn(f"{learner.row.name}, seed {learner.seed}: the loss of epoch {lost[0]} is not finite: it has diverged, "
+                      "and learns nothing any more; a smaller learning rate or weight may help")
 
 class _Walk:
     "Where a run stands in its course; loaded from the checkpoint if there is one that holds all its learners."
