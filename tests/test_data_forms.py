@@ -451,6 +451,7 @@ def npz(**arrays):
     ("cifar10", "cifar10/train/frog/1.png", b"x",
      "found cifar10 (folders of images), which is not read: `relkd data import 'cifar10' OWN --size 32`"),
     ("photos", "photos.npz", npz(x=1), "data set 'photos' is not in"),
+    ("photos", "photos/x_train", b"\x93NUMPY", "found photos/x_train (a .npy array), which is not read: call the four train_images.npy"),
     ("photos", "photos/x_train.npy", b"", "found photos/x_train.npy (Keras's names), which is not read: rename x_train"),
 ])
 def test_what_lies_there_in_another_form_is_named(tmp_path, typed, name, file, content, expected):
@@ -460,6 +461,13 @@ def test_what_lies_there_in_another_form_is_named(tmp_path, typed, name, file, c
     assert len(said) < 1000 and finds(tmp_path, name)
     if name != "photos":
         assert any(f"{name:14} is not read from" in line for line in typed("data", "--data", tmp_path)[1].splitlines())
+
+
+def test_a_folder_that_holds_nothing_known_is_said_to_hold_what_it_does(tmp_path):
+    as_tree(tmp_path, {"photos/a.jpg": b"", "photos/notes.txt": b"", "photos/.DS_Store": b""})
+    one_line(lambda: load("photos", tmp_path), "photos holds a.jpg, notes.txt: a data set of your own is four arrays, train_images.npy")
+    folder = as_tree(tmp_path, {"cifar-10-batches-py/batches.meta": b"\x80\x02", "cifar-10-batches-py/test_batch": b"\x80\x02"})
+    assert folder is None and finds(tmp_path, "cifar10") == [], "an incomplete folder is called that, not a pickle to be converted"
 
 
 def test_near_looks_one_folder_up_and_down(tmp_path):
