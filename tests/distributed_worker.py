@@ -40,7 +40,8 @@ def step(loss, mine, how, several):
     distil, student, index = loss(), net(16, 1), torch.arange(N)[slice(*mine)]
     own = {"index": index} if isinstance(distil, CRD) else {}
     model = nn.ModuleList([DDP(student) if several else student, distil])
-    read, teacher = Features(model[0], ["2:input", "logits"], gather=how == "Features"), Features(net(24, 2), ["2:input", "logits"], frozen=True)
+    layers = ["2:input", "logits"]
+    read, teacher = Features(model[0], layers, gather=how == "Features"), Features(net(24, 2), layers, frozen=True)
     s, t = read(x), teacher(x)
     layer = "logits" if isinstance(distil, KD) else "2:input"
     if how == "Features":

@@ -12,7 +12,12 @@ NEEDS = {"02_lightning": ("lightning",), "03_timm": ("timm",),
          "04_huggingface": ("transformers", "accelerate"), "05_sentence_transformers": ("sentence_transformers", "datasets"),
          "06_metric_learning": ("pytorch_metric_learning",), "07_modelopt": ("modelopt",), "08_torchdistill": ("torchdistill",),
          "09_others": ("skorch", "fastai", "ignite"), "10_names": ("timm", "transformers")}
-RUN = "import sys; from pathlib import Path; from nbdev.test import test_nb; sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=['cuda'])[0])"
+RUN = """
+import sys
+from pathlib import Path
+from nbdev.test import test_nb
+sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=['cuda'])[0])
+"""
 
 
 def test_every_page_is_asked():
