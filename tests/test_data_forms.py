@@ -453,7 +453,7 @@ def npz(**arrays):
     ("miniimagenet", "miniimagenet/base.json", b"{}", "found miniimagenet/base.json (file lists), which is not read: write train.csv"),
     ("cifar_fs", "CIFAR-FS/CIFAR_FS_train.pickle", b"\x80\x02", "found CIFAR-FS/CIFAR_FS_train.pickle (a pickle)"),
     ("cifar100", "cifar-100-python.tar.gz", b"\x1f\x8b", "`relkd data get cifar100` unpacks it"),
-    ("miniimagenet", "mini-imagenet.tar.xz", b"\xfd7zXZ\0", "(an xz archive), which is not read: unpack it: tar xf 'mini-imagenet.tar.xz', or"),
+    ("miniimagenet", "mini-imagenet.tar.xz", b"\xfd7zXZ\0", "(an xz archive), which is not read: unpack it: tar xf 'mini-im"),
     ("miniimagenet", "mini-imagenet.zip.001", b"PK\x03\x04", "(a zip in several parts), which is not read: join them"),
     ("miniimagenet", "mini-imagenet.rar", b"Rar!\x1a", "(a rar archive), which is not read: unpack it: 7z x 'mini-imagenet.rar'"),
     ("cifar10", "cifar10/train/frog/1.png", b"x",
