@@ -55,7 +55,7 @@ _HDF5 = ("f = h5py.File('{file}'); k = []; f.visit(lambda n: k.append(n) if hasa
          "x = np.concatenate([f[n][:] for n in k]); y = np.repeat(np.arange(len(k)), [len(f[n]) for n in k]); " + _SAVE)
 _COLUMNS = ("d = pandas.read_parquet('{file}'); y = d.iloc[:, 1].to_numpy(); x = np.stack([np.asarray(PIL.Image.open("
             "io.BytesIO(r['bytes'])).convert('RGB')) for r in d.iloc[:, 0]]); " + _SAVE)
-_UNPACK = "unpack it: tar xf '{file}'"
+_UNPACK = "unpack it: tar xf '{file}', or gunzip, bunzip2, unxz, if it is one file alone"
 FORMS = { # what a file is by its first bytes -> what makes plain arrays (N, H, W, C) of it
     'a parquet file': _COLUMNS,
     'an arrow file': "d = pyarrow.feather.read_feather('{file}'), then as of parquet",
@@ -82,7 +82,7 @@ NAMED = ( # pattern of a file's name in small letters, what it is, what to do
 )
 
 # %% ../../nbs/data/05_finds.ipynb #e617894d
-_IMAGE = re.compile(r'\.(png|jpe?g|bmp|webp|tiff?)$', re.I)
+_IMAGE = re.compile(r'\.(png|jpe?g|jfif|bmp|webp|tiff?|gif|avif|heic)$', re.I)
 _TEXT = '.txt', '.csv', '.json', '.md', '.npy'
 _PROMISED = '.parquet', '.npz', '.h5', '.hdf5', '.pkl', '.pickle', '.mat', '.zip', '.gz', '.tgz', '.arrow'
 
