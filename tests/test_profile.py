@@ -22,10 +22,24 @@ def few_shot():
     return replace(recipe("digits"), name="few", data=by_class, task=task, vary={"shot": (1, 2)}, rows=PAPER_ROWS[:3], precision="bf16")
 
 
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    "The profile of a recipe, made once: (recipe, folder, record)."
+    made = {}
+
+    def of(wanted):
+        if wanted.name not in made:
+            at = tmp_path_factory.mktemp("profile")
+            made[wanted.name] = at, profile_recipe(wanted, Session(at, "cpu"), steps=1)
+        return made[wanted.name]
+    return of
+
+
+@pytest.mark.xdist_group("profile")
 @pytest.mark.parametrize("wanted", [recipe("digits"), recipe("digits/losses"), few_shot()], ids=lambda r: r.name)
-def test_every_part_of_every_row_is_timed(tmp_path, wanted):
-    record = profile_recipe(wanted, Session(tmp_path, "cpu"), steps=1)
-    assert load_benchmarks(tmp_path, f"profile-{wanted.name.replace('/', '-')}") == [record]
+def test_every_part_of_every_row_is_timed(found, wanted):
+    at, record = found(wanted)
+    assert load_benchmarks(at, f"profile-{wanted.name.replace('/', '-')}") == [record]
     assert [r["part"] for r in record["rows"]] == ["batch", "teacher looks", *(r.name for r in wanted.rows)]
     assert all(r["ms"] > 0 and r.get("objective_ms", 1) > 0 for r in record["rows"])
     assert profile_table(record)["share_%"].sum() == pytest.approx(100)
@@ -35,18 +49,19 @@ def test_every_part_of_every_row_is_timed(tmp_path, wanted):
     assert wanted.name in text and "images/s" in text and wanted.rows[-1].name in text
 
 
-def test_an_episode_is_a_batch_and_the_precision_is_the_recipes(tmp_path):
-    record = profile_recipe(few_shot(), Session(tmp_path, "cpu"), steps=1)
+@pytest.mark.xdist_group("profile")
+def test_an_episode_is_a_batch_and_the_precision_is_the_recipes(found):
+    _, record = found(few_shot())
     assert record["batch"] == record["teacher_batch"] == 4 * (1 + 2) and record["variant"] == {"shot": 1}
     assert record["precision"] == "bf16-mixed" and "shot 1 on" in profile_text(record)
     assert record["hours"]["students"] == pytest.approx(few_shot().schedule.epochs * 5 * record["step_ms"] / 3.6e6)
 
 
-def test_the_profile_trains_the_main_stage_and_leaves_the_recipe_alone(tmp_path):
+@pytest.mark.xdist_group("profile")
+def test_the_profile_trains_the_main_stage_and_leaves_the_recipe_alone(found, tmp_path):
     wanted = recipe("digits/losses")
     assert any(r.before for r in wanted.rows)
-    profile_recipe(wanted, Session(tmp_path, "cpu"), steps=1)
-    assert [p.name for p in tmp_path.glob("**/*") if p.is_file()] == ["profile-digits-losses-cpu.json"]
+    assert [p.name for p in found(wanted)[0].glob("**/*") if p.is_file()] == ["profile-digits-losses-cpu.json"]
     with pytest.raises(ValueError, match="has no rows"):
         profile_recipe(replace(wanted, rows=()), Session(tmp_path, "cpu"), steps=1)
 
