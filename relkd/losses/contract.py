@@ -53,7 +53,7 @@ class _Parametric(_Loss):
         if not all(p.is_leaf for p in own): return    # lent for one call, as torch.func.functional_call does
         if not own or any(p.is_meta or p.is_inference() for p in own):
             self._calls = -1
-        elif self._first is None:
+        elif self._first is None or len(own) != len(self._first[0]):    # FT's paraphrasers rest after their stage
             self._first = [p._version for p in own], [p.detach().sum() for p in own]
         elif [p._version for p in own] != self._first[0]:
             self._calls = -1
