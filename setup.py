@@ -9,6 +9,10 @@ config = ConfigParser(delimiters=["="])
 config.read(here / "settings.ini", encoding="utf-8")
 readme = here / "README.md"
 cfg = config["DEFAULT"]
+extras = {"lab": cfg["lab_requirements"].split()}                 # every other extra stands on the lab
+for name in ("metric", "clients", "dev"):
+    extras[name] = [*extras["lab"], *cfg[f"{name}_requirements"].split()]
+extras["dev"] += extras["metric"]
 
 setup(
     name=cfg["lib_name"],
@@ -22,7 +26,10 @@ setup(
     packages=find_packages(include=["relkd", "relkd.*"]),
     python_requires=">=" + cfg["min_python"],
     install_requires=cfg["requirements"].split(),
-    extras_require={name: cfg[f"{name}_requirements"].split() for name in ("dev", "metric")},
-    entry_points={"console_scripts": ["relkd = relkd.cli:main"]},
+    extras_require=extras,
+    entry_points={"console_scripts": ["relkd = relkd:command_line"], "nbdev": ["relkd = relkd._modidx:d"]},
+    package_data={"relkd": ["py.typed"]},
+    url=cfg["doc_host"] + cfg["doc_baseurl"],
+    classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3", "Typing :: Typed"],
     zip_safe=False,
 )

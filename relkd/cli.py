@@ -102,6 +102,9 @@ def demo(
     "Teach students on real handwritten digits: the RKD paper's rows, eight seeds, about two minutes on two CPU cores."
     recipe = _wanted('digits', device=device)
     session = _session(out, device)
+    if 'OMP_NUM_THREADS' not in os.environ:        # networks this small: several threads wait for each other more than they compute
+        import torch
+        torch.set_num_threads(1)
     _run(recipe, session)
     if (folder := _committed()) is None:
         return
@@ -135,8 +138,12 @@ def table(
     "Draw a table and its figure again from the records, without training."
     wanted = _wanted(name, epochs=epochs, settings=settings)
     from relkd.records import diverged, load_records
-    from relkd.tables.paired import as_text, draw, lacking
-    print(as_text(draw(wanted, out)) + (f'\n\ncut down: {wanted.cut}' if wanted.cut else ''))
+    from relkd.tables.paired import as_text, draw, lacking, summary
+    closed = os.path.isdir(out) and not os.access(out, os.W_OK)
+    frame = summary(wanted, out)[0] if closed else draw(wanted, out)
+    print(as_text(frame) + (f'\n\ncut down: {wanted.cut}' if wanted.cut else ''))
+    if closed:
+        print(f'relkd: {out} cannot be written to: the table is printed, .csv and .png are not drawn again', file=sys.stderr)
     records = load_records(out, wanted.name)
     for line in (*lacking(records), *diverged(records)):
         print(f'relkd: {line}', file=sys.stderr)

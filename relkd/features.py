@@ -12,12 +12,16 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
+from .distributed import gather as gather_rows
+from .docs import described
 from .ground import nearest
 
 # %% ../nbs/lab/02_features.ipynb #aa6208ba
+_WRAPPERS = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module', '_original_module')
+
 def _plain(name):
-    "A module's name without torch.compile's `_orig_mod` and DataParallel's `module` in it."
-    return '.'.join(part for part in name.split('.') if part not in ('_orig_mod', 'module'))
+    "A module's name without what wrappers put into it: DataParallel, DDP, EMA, torch.compile, FSDP, checkpoints, Fabric."
+    return '.'.join(part for part in name.split('.') if part not in _WRAPPERS)
 
 def _input(module, args, kwargs):
     "What goes into a module: its first argument, by place or by name."
@@ -93,9 +97,9 @@ def _once(layer, seen):
 class _Reading(nn.Module):
     "A network, the layers to read of it, and one pass that reads them."
     def __init__(self,
-        model:nn.Module, # any network
-        layers,          # names: 'logits', a module's ('layer2.0.conv1'), or one with ':input' for what goes into it
-        frozen:bool=False, # a teacher: in evaluation mode and without gradients from now on, whatever a parent does
+        model,  # as of `Features`
+        layers, # likewise
+        frozen, # likewise
     ):
         super().__init__()
         self.model, self.layers, self.frozen = model, tuple(dict.fromkeys(layers)), frozen
@@ -130,8 +134,20 @@ class _Reading(nn.Module):
         return {layer: seen[0][0] for layer, seen in found.items()}
 
 # %% ../nbs/lab/02_features.ipynb #48fc310c
+@described
 class Features(_Reading):
     "A network and the layers to read of it: calling it returns `{name: tensor}`. The network itself is not changed."
+    def __init__(self,
+        model:nn.Module,   # any network, also wrapped or compiled
+        layers,            # names: 'logits', a module's ('layer2.0.conv1'), or one with ':input' for what goes into it
+        frozen:bool=False, # a teacher: in evaluation mode and without gradients from now on, whatever a parent does
+        gather=False,      # True: the rows of all processes, by `relkd.distributed.gather`; or a function of the dictionary
+    ):
+        super().__init__(model, layers, frozen)
+        if not isinstance(gather, bool) and not callable(gather):
+            raise ValueError(f"gather is True, False or a function of {{layer: tensor}}; got {gather!r}")
+        self.gather = gather_rows if gather is True else gather
+
     def train(self,
         mode:bool=True, # of the network, unless it is frozen
     ) -> 'Features': # itself
@@ -146,8 +162,10 @@ class Features(_Reading):
     ) -> dict: # layer -> tensor. Raises ValueError for a layer that ran not once, without a graph, or was overwritten
         "One pass of the network; its layers by name."
         if not self.frozen:
-            return self._read(*args, **kwargs)
-        with torch.no_grad():
-            return self._read(*args, **kwargs)
+            read = self._read(*args, **kwargs)
+        else:
+            with torch.no_grad():
+                read = self._read(*args, **kwargs)
+        return self.gather(read) if self.gather else read
 
     def extra_repr(self): return f'layers={list(self.layers)}' + (', frozen=True' if self.frozen else '')

@@ -1,5 +1,10 @@
-"""Run by test_processes.py under torchrun: train on shares of the batch, and leave what each process ends with."""
+"""Run by test_processes.py: train on shares of the batch, and leave what each process ends with.
+
+Under torchrun, or as `ddp_worker.py FOLDER 2 3`: so many processes one after the other, forked when all is imported."""
+import os
+import socket
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -78,13 +83,50 @@ def resumed(recipe, out):
         return run(recipe, Session(out, "cpu"))
 
 
-if __name__ == "__main__":
+def work(at):
     torch.set_num_threads(1)
-    session = Session(sys.argv[1] + "/out", "cpu")
+    session = Session(f"{at}/out", "cpu")
     fabric = session.fabric()
     made = {"classify": kept(classify(session)), "few-shot": kept(few_shot(session)), "refused": refused(session),
             "norms": norms(fabric.global_rank, fabric.world_size)}
     recipe = toy(schedule=Schedule(2, 24, .05, milestones=(1,)), teacher_schedule=Schedule(1, 48, .05))
     made["records"] = run(recipe, session)
-    made["resumed"] = resumed(recipe, sys.argv[1] + "/stopped")
-    torch.save(made, f"{sys.argv[1]}/{fabric.global_rank}.pt")
+    made["resumed"] = resumed(recipe, f"{at}/stopped")
+    torch.save(made, f"{at}/{fabric.global_rank}.pt")
+
+
+def forked(at, n):
+    "Ranks told what torchrun tells its own; none has to import anything."
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    at.mkdir(parents=True, exist_ok=True)
+    children = []
+    for rank in range(n):
+        child = os.fork()
+        if child == 0:
+            told = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n, "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+            os.environ |= {k: str(v) for k, v in told.items()}
+            try:
+                work(at)
+                dist.destroy_process_group()
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children]
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        work(sys.argv[1])
+    else:
+        warnings.simplefilter("ignore")
+        import lightning_fabric  # noqa: F401
+
+        sys.exit(any(any(forked(Path(sys.argv[1]) / n, int(n))) for n in sys.argv[2:]))

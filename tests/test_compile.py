@@ -49,27 +49,6 @@ def test_every_loss_through_inductor(name, flags):
     assert_compiles(*case(name, 64, 8 if "FT" not in name else 2), "inductor")
 
 
-class Called(nn.Module):
-    """A loss between lists of layers, as torch.export wants its arguments."""
-    def __init__(self, loss):
-        super().__init__()
-        self.loss = loss
-
-    def forward(self, student, teacher):
-        return self.loss(as_given(student), as_given(teacher))
-
-
-# CRD writes into its memories, and its constant Z counts the scores of a batch
-@pytest.mark.parametrize("name", [name for name in DEFAULTS if name != "CRD"])
-def test_every_loss_exported_for_batches_of_any_size(name):
-    loss, s, t, _ = case(name)
-    batch = torch.export.Dim("batch", min=4, max=512)
-    exported = torch.export.export(Called(loss), (s, t), dynamic_shapes=tuple([{0: batch} for _ in layers] for layers in (s, t))).module()
-    loss, s, t, _ = case(name, 11)
-    mine, theirs = (value_and_gradients(lambda *x: f(list(x), t), *s) for f in (exported, Called(loss)))
-    torch.testing.assert_close(mine, theirs)
-
-
 def test_a_step_of_training_through_inductor():
     """A network, Features, cross-entropy and RKD, compiled together: the gradients of all parameters."""
     x, y = torch.randn(64, 3, 8, 8, generator=gen(1)), torch.randint(10, (64,), generator=gen(2))

@@ -2,6 +2,7 @@
 import copy
 import inspect
 import io
+import warnings
 from itertools import product
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 import torch.nn.functional as F
 
 from relkd import losses
-from relkd.losses import DistillationLoss, FitNet, as_loss
+from relkd.losses import RKD, DistillationLoss, FitNet, as_loss
 from relkd.losses.contract import as_map_pairs, as_pair
 from helpers import CASES, DEFAULTS, DTYPES, Sized, as_given, assert_says, case, made, make, randn, value_and_gradients
 
@@ -369,3 +370,17 @@ def test_losses_of_one_part_share_it():
             if a.part_name is not None and a.part_name == b.part_name:
                 x = torch.randn(5, 4)
                 torch.testing.assert_close(a.teacher_part(x), b.teacher_part(x), rtol=0, atol=0)
+
+
+def test_exchanged_student_and_teacher_are_warned_of():
+    """The fault: beside a cross-entropy a term the wrong way round has a value, no gradient, and nobody notices."""
+    student, teacher = torch.randn(4, 3, requires_grad=True), torch.randn(4, 5)
+    with pytest.warns(UserWarning, match="^RKD: what stands in the student's place wants no gradient .* call it loss.student, teacher.$"):
+        RKD()(teacher, student)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        RKD()(student, teacher)
+        RKD()(student, teacher.clone().requires_grad_())
+        RKD()(student.detach(), teacher)
+        with torch.no_grad():
+            RKD()(teacher, student)

@@ -95,6 +95,19 @@ def test_the_table_of_classes_equals_a_loop(labels):
         assert row[:n].tolist() == (labels == c).nonzero()[:, 0].tolist() and row[n:].eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.int64])
+def test_the_table_holds_positions_whatever_integers_the_labels_are(dtype):
+    """400 positions do not fit into 8 bits: a table of the labels' own type wrapped round, and drew images of other classes."""
+    labels = torch.arange(400) % 4
+    for mine, same in zip(by_class(labels.to(dtype)), by_class(labels)):
+        assert torch.equal(mine, same) and mine.dtype == torch.int64
+
+
+@pytest.mark.parametrize("labels", [torch.arange(8.), torch.arange(8) > 3, torch.zeros(4, 2, dtype=torch.long)], ids=range(3))
+def test_labels_that_are_no_class_numbers_are_refused(labels):
+    one_line(lambda: by_class(labels), "labels are class numbers of shape (n,), of an integer type; got (")
+
+
 @given(st.lists(st.integers(4, 9), min_size=3, max_size=8), st.integers(2, 3), st.integers(1, 2), st.integers(1, 2), st.integers(0, 99))
 def test_episodes_of_classes_that_differ_in_size(counts, way, shot, query, seed):
     labels = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[torch.randperm(sum(counts), generator=gen(seed))] * 3 + 1

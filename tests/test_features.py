@@ -98,12 +98,17 @@ def test_an_input_that_is_no_tensor():
 # --- names
 
 class Wrapped(nn.Module):
-    def __init__(self, net):
+    def __init__(self, net, name="module"):
         super().__init__()
-        self.module = net
+        self.name = name
+        self.add_module(name, net)
 
     def forward(self, *args):
-        return self.module(*args)
+        return getattr(self, self.name)(*args)
+
+
+def within(name):
+    return lambda net: Wrapped(net, name)
 
 
 def small():
@@ -117,7 +122,9 @@ def compiled(net):
     return torch.compile(net, backend="eager")
 
 
-@pytest.mark.parametrize("wrap", [Wrapped, compiled, lambda net: Wrapped(compiled(net)), lambda net: compiled(Wrapped(net))])
+@pytest.mark.parametrize("wrap", [Wrapped, compiled, lambda net: Wrapped(compiled(net)), lambda net: compiled(Wrapped(net)),
+                                  nn.DataParallel, torch.optim.swa_utils.AveragedModel, within("_forward_module"),
+                                  within("_fsdp_wrapped_module"), lambda net: Wrapped(within("_checkpoint_wrapped_module")(net))])
 def test_names_without_what_wrappers_put_before_them(wrap):
     layers = ["layer", "layer.a", "fc:input", "logits"]
     want, read = Features(small(), layers)(x()), Features(wrap(small()), layers)(x())

@@ -21,13 +21,27 @@ HERE = Path(__file__).resolve().parent
 pytestmark = pytest.mark.xdist_group("processes")          # one worker makes what all of them look at
 
 
-@pytest.fixture(scope="module", params=[2, 3])
-def several(request, tmp_path_factory, relkd_env):
-    at, n = tmp_path_factory.mktemp(f"processes{request.param}"), request.param
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
-               "--nproc_per_node", str(n), str(HERE / "ddp_worker.py"), str(at)]
-    done = subprocess.run(command, env=relkd_env, capture_output=True, text=True, timeout=500)
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory, relkd_env):
+    at = tmp_path_factory.mktemp("processes")
+    done = subprocess.run([sys.executable, HERE / "ddp_worker.py", at, "2", "3"], env=relkd_env | {"GLOO_SOCKET_IFNAME": "lo"},
+                          capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
+    return at
+
+
+@pytest.fixture(scope="module", params=["2", "3", "torchrun"])
+def several(request, tmp_path_factory, relkd_env):
+    if request.param == "torchrun" and "slow" not in request.config.getoption("--flags"):
+        pytest.skip("each process imports everything again: --flags slow")
+    if request.param == "torchrun":
+        n, at = 2, tmp_path_factory.mktemp("torchrun")
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
+                   "--nproc_per_node", str(n), str(HERE / "ddp_worker.py"), str(at)]
+        done = subprocess.run(command, env=relkd_env, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+    else:
+        n, at = int(request.param), request.getfixturevalue("forked") / request.param
     return n, at, [torch.load(at / f"{rank}.pt", weights_only=True) for rank in range(n)]
 
 

@@ -22,9 +22,13 @@ class ByClass(NamedTuple):
     classes:torch.Tensor # (C,) numbers of the classes, rising
 
 def by_class(
-    labels:torch.Tensor, # (n,) class numbers
-) -> ByClass: # on the device of the labels
-    "The table of all classes' images, without a loop."
+    labels:torch.Tensor, # (n,) class numbers, of any integer type
+) -> ByClass: # on the device of the labels, int64
+    "The table of all classes' images, without a loop. Raises ValueError unless labels are whole numbers."
+    if labels.dim() != 1 or labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError("labels are class numbers of shape (n,), of an integer type; "
+                         f"got {tuple(labels.shape)}, {labels.dtype}")
+    labels = labels.long()    # positions would not fit into a type of 8 bits
     classes, row, counts = labels.unique(return_inverse=True, return_counts=True)
     order = row.argsort(stable=True)
     row = row[order]

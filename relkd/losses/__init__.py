@@ -22,6 +22,10 @@ from .pkt import PKT
 from .rkd import RKD, RKDAngle, RKDDistance
 from .sp import SP
 from .vid import VID
+from ..docs import described
 
 _all_ = ['AB', 'AT', 'CC', 'CRD', 'FSP', 'FT', 'FTShortcut', 'FitNet', 'KD', 'NST', 'OFD', 'PKT', 'RKD', 'RKDAngle',
          'RKDDistance', 'SP', 'VID']
+
+for _name in _all_:
+    described(globals()[_name])                 # help() shows what stands beside the parameters

@@ -21,10 +21,19 @@ class Connector(nn.Module):
     def __init__(self,
         in_channels:int,  # C_S or D_S
         out_channels:int, # C_T or D_T
+        device=None,      # where the parameters are made, as in torch.nn
+        dtype=None,       # their type
     ):
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(out_channels, in_channels) * (2 / out_channels)**.5)
-        self.norm = BatchNorm2d(out_channels)
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, device=device, dtype=dtype))
+        self.norm = BatchNorm2d(out_channels, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self):
+        "Start again as freshly made."
+        self.weight.normal_().mul_((2 / len(self.weight))**.5)
+        self.norm.reset_parameters()
 
     def forward(self,
         s:torch.Tensor, # (N, C_S, H, W) or (N, D_S)
@@ -68,13 +77,14 @@ class _Connected(DistillationLoss):
         scale,              # multiple of a sample's sum, or 'mean': over everything
         layer_weights=None, # one a layer; by default the deepest 1, the one before 1/2, then 1/4, ...
         connector=None,     # True: at every layer; False: at none; None: where the channels differ
+        **where,            # device= and dtype= of the connectors
     ):
         super().__init__()
         sizes = _checked(type(self).__name__, in_channels, out_channels, scale, connector)
         self.channels, self.scale = list(zip(*sizes)), scale
         self.layer_weights = _layer_weights(type(self).__name__, layer_weights, len(sizes[0]))
         self.connectors = nn.ModuleList(
-            Connector(i, o) if connector or connector is None and i != o else nn.Identity() for i, o in self.channels)
+            Connector(i, o, **where) if connector or connector is None and i != o else nn.Identity() for i, o in self.channels)
 
     def _pairs(self, student, teacher):
         "Pairs of layers, as `as_map_pairs` gives them, of the channels that the connectors were made for."
@@ -127,8 +137,10 @@ class AB(PreActivationLoss):
         scale=.003,         # multiple of a sample's sum; 'mean': the mean over everything
         layer_weights=None, # one a layer; by default the deepest 1, the one before 1/2, then 1/4, ...
         connector=None,     # True: at every layer; False: at none; None: where the channels differ
+        device=None,        # where the parameters are made, as in torch.nn
+        dtype=None,         # their type
     ):
-        super().__init__(in_channels, out_channels, scale, layer_weights, connector)
+        super().__init__(in_channels, out_channels, scale, layer_weights, connector, device=device, dtype=dtype)
         if not (finite(margin) and margin > 0): raise ValueError(f"AB needs a positive margin; got {margin}")
         self.margin = margin
 

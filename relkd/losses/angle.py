@@ -13,7 +13,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 
-from .contract import known_gradient
+from .contract import known_gradient, traced
 from ..relations import as_points, full_precision, widest
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #5abfa8ec
@@ -32,7 +32,7 @@ def _measure(*batches):
     norm2 = diagonal.clone()
     q.mul_(-2).add_(norm2[:, :, None]).add_(norm2[:, None])
     diagonal.fill_(float('inf'))
-    if q.is_cuda or short or not (q.amin((1, 2)) >= 1e-6 * norm2.amax(1)).all():    # on a GPU asking would cost more than doing
+    if q.is_cuda or short or traced(q) or not (q.amin((1, 2)) >= 1e-6 * norm2.amax(1)).all():    # on a GPU asking costs more than doing
         points = [e - e.mean(0) for e in points]
         for e, x in zip(points, q): x.copy_(torch.cdist(e, e, compute_mode='donot_use_mm_for_euclid_dist').square_())
         diagonal.fill_(0)
@@ -80,9 +80,16 @@ def _tile(pi, pk, ri, rk, q, ai, ak, ui, uk, z, on_diagonal):
     return both if on_diagonal else (*both, V.sum(1), A.sum(1))
 
 _compiled = []
-def _fused():
-    "The tile as one C++ or CUDA loop, made by torch.compile at the first use."
-    if not _compiled: _compiled.append(torch.compile(_tile, dynamic=True))
+def _fused(q): # like these far sides
+    "The tile as one C++ or CUDA loop, made by torch.compile at the first use; None where that does not run (said once)."
+    if not _compiled:
+        made, rows, far = torch.compile(_tile, dynamic=True), [q.new_ones(3, 5) for _ in range(8)], q.new_ones(5, 5)
+        try: made(*rows[:4], far, *rows[4:], far.clone(), True)
+        except Exception as error:
+            made = None
+            warnings.warn(f'compiled=True: torch.compile does not run here ({type(error).__name__}; it needs a C++ compiler): '
+                          'computed without it, the values are the same', stacklevel=2)
+        _compiled.append(made)
     return _compiled[0]
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #4f837e6d
@@ -91,6 +98,9 @@ class _Buffers:
     """The same tile with every intermediate in memory that is used again, by the next block and by the next call.
     Fresh memory would cost more than the arithmetic."""
     def __init__(self, like, size):
+        if torch._C._functorch.peek_interpreter_stack() is not None:    # what torch.func makes may not outlive it
+            self.store = torch.empty(4, size, dtype=like.dtype, device=like.device)
+            return
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else None
         kept, key = _kept.__dict__, (like.dtype, like.device, stream)
         if key not in kept or kept[key].shape[1] < size:
@@ -154,14 +164,15 @@ def _cube(
     both = both.to(dtype)
     q, z = both
     roots = _reciprocal(both).mul_(.5).sqrt_()    # 1 / distance, with the factor 1/2 of the law of cosines
-    one = _fused() if compiled else _Buffers(q, block * cuts[0].stop**2)
+    fused = _fused(q) if compiled else None
+    one = fused or _Buffers(q, block * cuts[0].stop**2)
     def at(I, K, p, r, a, u):
         return one(p[:, I], p[:, K], r[:, I], r[:, K], q[I, K], a[:, I], a[:, K], u[:, I], u[:, K], z[I, K], I is K)
     def near(j):
         J = anchors[j:j + block]
         if isinstance(J, range): J = slice(J.start, J.stop, J.step)
         rows = _near(both, roots, J)
-        return [x.clone() for x in rows] if compiled else rows    # or torch.compile makes a program for each address
+        return [x.clone() for x in rows] if fused else rows    # or torch.compile makes a program for each address
     if block == a and len(cuts) == 1:
         loss, *tables = at(cuts[0], cuts[0], *near(0))
         return widest(loss), *tables
@@ -278,8 +289,8 @@ def angle_loss(
     "RKD-A with its gradient, in memory of order N^2 (Park et al. 2019, Sec. 3.2); RKDAngle is what checks shapes."
     known = isinstance(teacher, Sides)
     teacher = teacher.q if known else teacher.detach()
-    given = student, teacher, known, distinct, *anchors, compiled, which
-    if torch.compiler.is_compiling(): return _angle_loss(*given)[0]
-    with torch.no_grad(): loss, gradient = loss_and_gradient(*given)
+    given = teacher, known, distinct, *anchors, compiled, which
+    if traced(student): return _angle_loss(student, *given)[0]
+    with torch.no_grad(): loss, gradient = loss_and_gradient(student.detach(), *given)
     instead = 'use smooth_l1_loss of relkd.relations.angles for that'
     return known_gradient(student, loss, gradient, 'RKDAngle', instead)    # without the operator's overhead

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from .contract import DistillationLoss, as_pair, beside, finite, known_gradient
+from .contract import DistillationLoss, as_pair, beside, finite, known_gradient, traced
 from .state import Remembering, kept_finite, of_all, repeated
 from ..relations import full_precision
 
@@ -33,11 +33,12 @@ def contrast(
 ) -> tuple: # the loss, 0-dim; its gradient with respect to v, (N, D); log Z, 0-dim
     """How badly each anchor is told to belong to its own row and not to the negatives: one half of CRD.
     Tian et al. 2020, Eq. 10 and 19."""
-    N, n, K = v.shape[0], memory.shape[0], chosen.shape[1] - 1
+    v, N, n, K = v.detach(), v.shape[0], memory.shape[0], chosen.shape[1] - 1
     c, u, memory, log_Z = K / n + eps, v / T, memory.to(v.dtype), log_Z.to(v.dtype)
     rows = F.embedding(chosen, memory) if n > (K + 1) * memory.shape[1] else None    # whichever block is smaller
     scores = (u @ memory.T).gather(1, chosen) if rows is None else (rows @ u[:, :, None]).squeeze(2)
-    log_Z = torch.where(log_Z.isinf(), scores.flatten().logsumexp(0) + math.log(n / scores.numel()), log_Z)
+    share = scores.new_full((), n / scores.numel()).log() if traced(v) else math.log(n / scores.numel())    # N may be any there
+    log_Z = torch.where(log_Z.isinf(), scores.flatten().logsumexp(0) + share, log_Z)
     right = -torch.ones_like(scores[0])
     right[0] = 1    # the first is to be told h = 1, the others h = 0
     z = (scores - log_Z - math.log(c)) * right
@@ -50,10 +51,9 @@ def contrast(
 class _OtherClasses(nn.Module):
     def __init__(self, classes):
         super().__init__()
-        values = classes.unique(return_inverse=True)[1]
-        count = values.bincount()
-        start = count.cumsum(0) - count
-        for name, v in (('order', values.argsort(stable=True)), ('count', count[values]), ('start', start[values])):
+        order = classes.argsort(stable=True)
+        start, end = (torch.searchsorted(classes[order], classes, side=side) for side in ('left', 'right'))
+        for name, v in (('order', order), ('count', end - start), ('start', start)):
             self.register_buffer(name, v, persistent=False)    # of each sample: size of its class, where it starts
 
     def forward(self, index, negatives):
@@ -69,7 +69,7 @@ def _numbers(name, shape, index, s, samples):
         given = f"{tuple(index.shape)}, {index.dtype}" if isinstance(index, torch.Tensor) else type(index).__name__
         raise ValueError(f"CRD needs {name}= of shape {shape}, int64, with N = {s.shape[0]}: "
                          f"numbers of training samples; got {given}")
-    if index.device.type == 'cpu' and not torch.compiler.is_compiling():
+    if index.device.type == 'cpu' and not traced(index):
         if not 0 <= index.min() <= index.max() < samples:
             raise ValueError(f"CRD remembers {samples} samples; got {name}= from {index.min()} to {index.max()}: "
                              "samples are counted from 0, within the training set")
@@ -86,7 +86,7 @@ def _checked(in_features, out_features, samples, feat_dim, negatives, T, momentu
                          f"got {T}, {momentum} and {eps}")
     if classes is not None:
         classes = torch.as_tensor(classes)
-        if classes.shape != (samples,) or classes.dtype != torch.long or (classes == classes[0]).all():
+        if classes.shape != (samples,) or classes.dtype != torch.long or not traced(classes) and (classes == classes[0]).all():
             raise ValueError(f"CRD needs classes of shape ({samples},), int64, not all equal; "
                              f"got {tuple(classes.shape)}, {classes.dtype}")
     return classes
@@ -104,15 +104,29 @@ class _Kept(Remembering, DistillationLoss):
         momentum:float=.5,    # share of the old row, from 0 to below 1
         classes=None,         # (samples,) int64: negatives from other classes only (authors' scripts); None: from all
         eps:float=1e-7,       # of the authors' code, beside K / n
+        device=None,          # where the parameters are made, as in torch.nn
+        dtype=None,           # their type
     ):
         super().__init__()
         classes = _checked(in_features, out_features, samples, feat_dim, negatives, T, momentum, classes, eps)
         self.samples, self.negatives, self.T, self.momentum, self.eps = samples, negatives, T, momentum, eps
-        self.embed_s, self.embed_t = nn.Linear(in_features, feat_dim), nn.Linear(out_features, feat_dim)
-        for name in ('memory_s', 'memory_t'):
-            self.register_buffer(name, torch.empty(samples, feat_dim).uniform_(-1, 1) * math.sqrt(3 / feat_dim))
-        self.register_buffer('log_Z', torch.full((2,), float('inf')))    # until the first training step
-        self.other_classes = None if classes is None else _OtherClasses(classes)
+        where = {'device': device, 'dtype': dtype}
+        self.embed_s, self.embed_t = (nn.Linear(n, feat_dim, **where) for n in (in_features, out_features))
+        for name, shape in (('memory_s', (samples, feat_dim)), ('memory_t', (samples, feat_dim)), ('log_Z', (2,))):
+            self.register_buffer(name, torch.empty(shape, **where))
+        self.other_classes = None if classes is None else _OtherClasses(classes).to(device)
+        self._forget()
+
+    def _forget(self):
+        for memory in (self.memory_s, self.memory_t):
+            memory.uniform_(-1, 1).mul_(math.sqrt(3 / memory.shape[1]))
+        self.log_Z.fill_(float('inf'))    # until the first training step
+        self._before = None               # what the last batch replaced
+
+    def reset_parameters(self):
+        "Start again as freshly made: the layers, the memories and the constant Z."
+        super().reset_parameters()
+        self._forget()
 
     def extra_repr(self):
         return f'samples={self.samples}, negatives={self.negatives}, T={self.T:g}, momentum={self.momentum:g}'
@@ -120,16 +134,14 @@ class _Kept(Remembering, DistillationLoss):
 # %% ../../nbs/losses/12_crd.ipynb #3bd4bc7e
 class _Memories(_Kept):
     "The memories as training steps leave them."
-    _before = None    # what the last batch replaced
-
     @torch.no_grad()
     def _remember(self, index, s, t, log_Z):
-        mine, n = index, len(index)
+        mine, n, s, t = index, index.shape[0], s.detach(), t.detach()
         if not self.alone():
             index, s, t = (of_all(x) for x in (index, s, t))
             log_Z = (of_all(log_Z[None]) + of_all(log_Z.new_full((1, 1), n)).log()).logsumexp(0) - math.log(len(index))
         rows = [memory[index] for memory in (self.memory_s, self.memory_t)]
-        if not torch.compiler.is_compiling(): self._before = mine, index, rows, self.log_Z.clone()
+        if not traced(mine): self._before = mine, index, rows, self.log_Z.clone()
         self.log_Z.copy_(torch.where(self.log_Z.isinf(), kept_finite(log_Z, self.log_Z), self.log_Z))
         for memory, row, v in zip((self.memory_s, self.memory_t), rows, (s, t)):
             new = F.normalize(self.momentum * row + (1 - self.momentum) * v)
@@ -138,7 +150,7 @@ class _Memories(_Kept):
     def _known(self, index, counted):
         "Both memories and log Z, for a checkpoint's second pass as the first pass of this batch met them."
         known = self.memory_s, self.memory_t, self.log_Z
-        if counted or not self.training or torch.compiler.is_compiling() or not repeated(): return known
+        if counted or not self.training or traced(index) or not repeated(): return known
         if self._before is None or not torch.equal(index, self._before[0]): return known
         _, index, rows, log_Z = self._before
         return *(memory.index_copy(0, index, row) for memory, row in zip(known, rows)), log_Z

@@ -31,13 +31,15 @@ class FitNet(DistillationLoss):
     def __init__(self,
         in_channels,  # C_S or D_S, of the student's layer; a list for several layers
         out_channels, # C_T or D_T, of the teacher's layer; a list of as many
+        device=None,  # where the parameters are made, as in torch.nn
+        dtype=None,   # their type
     ):
         super().__init__()
         sizes = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)]
         if len(sizes[0]) != len(sizes[1]) or not sizes[0] or min(sizes[0] + sizes[1]) < 1:
             raise ValueError("FitNet needs as many in_channels as out_channels, each at least 1; "
                              f"got {in_channels} and {out_channels}")
-        self.regressors = nn.ModuleList(nn.Linear(i, o) for i, o in zip(*sizes))
+        self.regressors = nn.ModuleList(nn.Linear(i, o, device=device, dtype=dtype) for i, o in zip(*sizes))
 
     @classmethod
     def from_features(cls,

@@ -9,7 +9,7 @@ __all__ = ['flow_matrix', 'FSP']
 import torch
 import torch.nn.functional as F
 
-from .contract import DistillationLoss, finite, pooled, without_graph
+from .contract import DistillationLoss, finite, pooled, sequence_hint, without_graph
 from ..relations import full_precision
 
 # %% ../../nbs/losses/10_fsp.ipynb #9522d2f8
@@ -28,7 +28,7 @@ def _check_map(f, name):
     if not (isinstance(f, torch.Tensor) and f.is_floating_point() and f.dim() == 4 and 0 not in f.shape):
         given = f'{tuple(f.shape)}, {f.dtype}' if isinstance(f, torch.Tensor) else type(f).__name__
         raise ValueError(f"FSP needs {name} maps of shape (N, C, H, W), floating point, none empty; "
-                         f"got {given}: take layers before the pooling")
+                         f"got {given}{sequence_hint(f) or ': take layers before the pooling'}")
 
 def _layers(student, teacher, least):
     "Two lists of as many maps, float32 at least; the teacher's without a graph."

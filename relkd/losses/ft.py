@@ -15,8 +15,8 @@ from .state import BatchNorm2d
 from ..relations import full_precision
 
 # %% ../../nbs/losses/09_ft.ipynb #e80ce986
-def _block(conv, i, o, batchnorm):
-    return [conv(i, o, 3, padding=1), *([BatchNorm2d(o)] if batchnorm else []), nn.LeakyReLU(.1)]
+def _block(conv, i, o, batchnorm, where):
+    return [conv(i, o, 3, padding=1, **where), *([BatchNorm2d(o, **where)] if batchnorm else []), nn.LeakyReLU(.1)]
 
 class Translator(nn.Sequential):
     "From a map to a factor by three 3 x 3 convolutions (Kim et al. 2018, Sec. 3; sizes of the authors' code)."
@@ -24,9 +24,10 @@ class Translator(nn.Sequential):
         channels:int,         # C of the map
         factor_channels:int,  # m of the factor
         batchnorm:bool=False, # behind each convolution?
+        **where,              # device= and dtype= of the parameters, as in torch.nn
     ):
         c, m = channels, factor_channels
-        blocks = (_block(nn.Conv2d, i, o, batchnorm) for i, o in ((c, c), (c, m), (m, m)))
+        blocks = (_block(nn.Conv2d, i, o, batchnorm, where) for i, o in ((c, c), (c, m), (m, m)))
         super().__init__(*(layer for block in blocks for layer in block))
 
 class Paraphraser(nn.Module):
@@ -36,11 +37,12 @@ class Paraphraser(nn.Module):
         channels:int,         # C_T of the map
         factor_channels:int,  # m of the factor
         batchnorm:bool=False, # behind each convolution?
+        **where,              # device= and dtype= of the parameters, as in torch.nn
     ):
         super().__init__()
         c, m = channels, factor_channels
-        self.encoder = Translator(c, m, batchnorm)
-        blocks = (_block(nn.ConvTranspose2d, i, o, batchnorm) for i, o in ((m, m), (m, c), (c, c)))
+        self.encoder = Translator(c, m, batchnorm, **where)
+        blocks = (_block(nn.ConvTranspose2d, i, o, batchnorm, where) for i, o in ((m, m), (m, c), (c, c)))
         self.decoder = nn.Sequential(*(layer for block in blocks for layer in block))
 
     def forward(self,
@@ -116,6 +118,7 @@ class _Networks(DistillationLoss):
         reconstruction:str='l2', # of `prepare`: mean |x - P(x)|^2, 'l2' (paper), or |x - P(x)|, 'l1' (authors' code)
         batchnorm=False,         # after convolutions: False (authors' code), True, or 'translator' only (CRD benchmark)
         compare:str='factor',    # compare the 'factor', or only its 'attention' map (CRD benchmark)
+        **where,                 # device= and dtype= of the parameters, as in torch.nn
     ):
         super().__init__()
         sizes = _channels(in_channels, out_channels, rate)
@@ -124,8 +127,9 @@ class _Networks(DistillationLoss):
         self.reconstruction = _one_of('reconstruction', reconstruction, 'l1', 'l2')
         self.batchnorm = _one_of('batchnorm', batchnorm, False, True, 'translator')
         self.compare = _one_of('compare', compare, 'factor', 'attention')
-        self.paraphrasers = nn.ModuleList(Paraphraser(t, round(rate * t), batchnorm is True) for t in sizes[1])
-        self.translators = nn.ModuleList(Translator(s, round(rate * t), bool(batchnorm)) for s, t in zip(*sizes))
+        self.paraphrasers = nn.ModuleList(Paraphraser(t, round(rate * t), batchnorm is True, **where) for t in sizes[1])
+        self.translators = nn.ModuleList(
+            Translator(s, round(rate * t), bool(batchnorm), **where) for s, t in zip(*sizes))
         self.paraphrasers.requires_grad_(False)
         self.train()
 

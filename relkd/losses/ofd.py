@@ -11,6 +11,7 @@ from torch import nn
 import torch.nn.functional as F
 
 from .ab import PreActivationLoss
+from .contract import traced
 
 # %% ../../nbs/losses/13_ofd.ipynb #acbc55f4
 def margin_from_maps(
@@ -54,8 +55,10 @@ class OFD(PreActivationLoss):
         scale=.001,         # multiple of a sample's sum; 'mean': the mean over everything
         layer_weights=None, # one a layer; by default the deepest 1, the one before 1/2, then 1/4, ...
         connector=True,     # True: at every layer; False: at none; None: where the channels differ
+        device=None,        # where the parameters are made, as in torch.nn
+        dtype=None,         # their type
     ):
-        super().__init__(in_channels, out_channels, scale, layer_weights, connector)
+        super().__init__(in_channels, out_channels, scale, layer_weights, connector, device=device, dtype=dtype)
         self.measured = isinstance(margins, str)
         if self.measured and margins != 'batch':
             raise ValueError(f"OFD takes margins='batch', one tensor a layer, or a number; got {margins!r}")
@@ -65,10 +68,11 @@ class OFD(PreActivationLoss):
         if len(margins) != len(self.channels):
             raise ValueError(f"OFD needs one tensor of margins a layer; got {len(margins)} for {len(self.channels)}")
         for k, (m, (_, c)) in enumerate(zip(margins, self.channels)):
-            if tuple(m.shape) not in ((), (c,)) or not (m <= 0).all():
+            if tuple(m.shape) not in ((), (c,)) or not (traced(m) or (m <= 0).all()):
                 raise ValueError(f"OFD needs a margin of at most 0 for each of the {c} teacher channels; "
                                  f"got shape {tuple(m.shape)}, largest {m.max().item() if m.numel() else None}")
-            self.register_buffer(f'margin{k}', (m if m.is_floating_point() else m.float()).expand(c).clone())
+            m = (m if m.is_floating_point() else m.float()).expand(c).clone()
+            self.register_buffer(f'margin{k}', m.to(device=device, dtype=dtype))
 
     def distance(self, s, t, k):
         m = margin_from_maps(t) if self.measured else getattr(self, f'margin{k}').to(t.dtype)

@@ -56,7 +56,7 @@ class PKT(DistillationLoss):
         count = n if self.reduction == 'batchmean' else n * (n - 1) if self.distinct else n * n
         with full_precision(s), torch.no_grad():
             p = conditional_probabilities(t, self.distinct)
-            unit, length, k, total = _parts(s, self.distinct, 1e-5)
+            unit, length, k, total = _parts(s.detach(), self.distinct, 1e-5)
             q = k / total
             gap, floor = q - p, p + self.eps   # the gap sums to 0 in every row
             kl = (gap - p * torch.log1p(gap / floor)).sum() / count

@@ -34,7 +34,7 @@ def _gap(s, t, norm):
     "Mean squared difference of the tables of two batches, and its gradient with respect to the student's embeddings."
     dtype, over = torch.promote_types(s.dtype, t.dtype), -1 if norm == 'row' else (-2, -1)
     with full_precision(s), torch.no_grad():
-        x, y = s.to(dtype), t.to(dtype)
+        x, y = s.detach().to(dtype), t.to(dtype)
         tables, length, longest = _normalised(torch.stack([x @ x.t(), y @ y.t()]), norm, 1e-5)
         P, Q = tables.unbind()
         gap = P - Q

@@ -76,6 +76,7 @@ def kept_finite(
     old:torch.Tensor, # what is remembered; its shape
 ) -> torch.Tensor: # the new where it is finite, else the old; nothing waits for a GPU
     "Only finite numbers are remembered: one overflowing batch would else stay for ever."
+    new = new.detach()
     return torch.where(new.isfinite(), new.to(old.dtype), old)
 
 # %% ../../nbs/losses/00_state.ipynb #72e8e9c4

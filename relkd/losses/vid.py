@@ -27,8 +27,8 @@ def _sizes(in_channels, out_channels, mid_channels):
                          f"got {in_channels} and {out_channels} (and {mid_channels})")
     return sizes
 
-def _regressor(i, m, o):
-    conv = lambda i, o: nn.Conv2d(i, o, 1, bias=False)
+def _regressor(i, m, o, **where):
+    conv = lambda i, o: nn.Conv2d(i, o, 1, bias=False, **where)
     return nn.Sequential(conv(i, m), nn.ReLU(), conv(m, m), nn.ReLU(), conv(m, o))
 
 # %% ../../nbs/losses/06_vid.ipynb #c82bc5c4
@@ -56,16 +56,22 @@ class _Gaussians(DistillationLoss):
         mid_channels=None,        # width of the regressor's two hidden layers; a list of as many; None: out_channels
         init_variance:float=5.,   # of every channel at the start
         eps:float=1e-5,           # least variance
+        device=None,              # where the parameters are made, as in torch.nn
+        dtype=None,               # their type
     ):
         super().__init__()
         sizes = _sizes(in_channels, out_channels, mid_channels)
         if not (finite(eps) and finite(init_variance) and 0 < eps < init_variance):
             raise ValueError(f"VID needs 0 < eps < init_variance; got eps = {eps} and init_variance = {init_variance}")
-        self.regressors = nn.ModuleList(_regressor(*of_layer) for of_layer in zip(*sizes))
-        start = init_variance - eps
-        alpha = start + math.log(-math.expm1(-start))    # softplus backwards
-        self.alphas = nn.ParameterList(torch.full((o,), alpha) for o in sizes[2])
-        self.eps = eps
+        where, start = {'device': device, 'dtype': dtype}, init_variance - eps
+        self.regressors = nn.ModuleList(_regressor(*of_layer, **where) for of_layer in zip(*sizes))
+        self._alpha, self.eps = start + math.log(-math.expm1(-start)), eps    # softplus backwards
+        self.alphas = nn.ParameterList(torch.full((o,), self._alpha, **where) for o in sizes[2])
+
+    def reset_parameters(self):
+        "Start again as freshly made."
+        super().reset_parameters()
+        for a in self.alphas: nn.init.constant_(a, self._alpha)
 
     def variances(self) -> list: # one tensor (C_T,) a layer
         "The learned variance of every teacher channel (Ahn et al. 2019, softplus of alpha)."

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from ..distributed import gather
+
 # %% ../../nbs/lab/11_processes.ipynb #b34acb32
 def share(
     fabric,
@@ -25,7 +27,8 @@ def gathered(
     "The features of the whole batch."
     if fabric.world_size == 1:
         return features
-    return {k: fabric.all_gather(v, sync_grads=True).transpose(0, 1).flatten(0, 1) for k, v in features.items()}
+    def in_order(t): return t.unflatten(0, (fabric.world_size, -1)).transpose(0, 1).flatten(0, 1)
+    return {k: in_order(v) for k, v in gather(features).items()}
 
 def average_gradients(
     fabric,
