@@ -157,12 +157,17 @@ def test_arrays_of_another_zip_are_not_read_and_a_cache_may_lie_elsewhere(tmp_pa
 @pytest.mark.parametrize("spoil, message", [
     (lambda i: setattr(i, "flag_bits", i.flag_bits | 1), "x.zip is locked by a password: unpack it, the folder is read as well"),
     (lambda i: setattr(i, "external_attr", 0o120777 << 16), "x.zip holds a link, 0.png, in the place of a file: unpack it"),
+    (lambda i: setattr(i, "extract_version", 99), "x.zip is not a whole zip archive (zip file version 9.9): remove it"),
 ])
 def test_a_zip_that_cannot_be_read_says_why(tmp_path, spoil, message):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as z:
         z.writestr("0.png", b"/etc/passwd")
         spoil(z.infolist()[0])
     one_line(lambda: Entries(tmp_path / "x.zip"), message)
+    with zipfile.ZipFile(tmp_path / "y.zip", "w") as z:
+        z.writestr("ä.png", b"x")
+    (tmp_path / "y.zip").write_bytes((tmp_path / "y.zip").read_bytes().replace("ä".encode(), b"\xff\xff"))
+    one_line(lambda: Entries(tmp_path / "y.zip"), "y.zip is not a whole zip archive ('utf-8' codec can't decode")
 
 
 @pytest.mark.parametrize("how", ["ZIP_STORED", "ZIP_DEFLATED", "ZIP_BZIP2", "ZIP_LZMA"])

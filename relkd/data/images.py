@@ -94,5 +94,5 @@ def open_zip(
 ) -> zipfile.ZipFile: # raises ValueError if it is not whole
     "An archive, to be read entry by entry; nothing is unpacked."
     try: return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error: # a name that is no UTF-8, a later version
         raise ValueError(f"{path} is not a whole zip archive ({error}): remove it and get it again") from error
