@@ -10,6 +10,7 @@ __all__ = ['app', 'OUT', 'DEVICE', 'PRECISION', 'DATA', 'ROWS', 'SEEDS', 'SHOTS'
 # %% ../nbs/lab/40_cli.ipynb #b727024a
 import os
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -101,6 +102,9 @@ def demo(
     "Teach students on real handwritten digits: the RKD paper's rows, eight seeds, about two minutes on two CPU cores."
     recipe = _wanted('digits', device=device)
     session = _session(out, device)
+    if 'OMP_NUM_THREADS' not in os.environ:        # networks this small: several threads wait for each other more than they compute
+        import torch
+        torch.set_num_threads(1)
     _run(recipe, session)
     if (folder := _committed()) is None:
         return
@@ -133,14 +137,15 @@ def table(
 ):
     "Draw a table and its figure again from the records, without training."
     wanted = _wanted(name, epochs=epochs, settings=settings)
-    from relkd.records import load_records
+    from relkd.records import diverged, load_records
     from relkd.tables.paired import as_text, draw, lacking, summary
     closed = os.path.isdir(out) and not os.access(out, os.W_OK)
     frame = summary(wanted, out)[0] if closed else draw(wanted, out)
     print(as_text(frame) + (f'\n\ncut down: {wanted.cut}' if wanted.cut else ''))
     if closed:
         print(f'relkd: {out} cannot be written to: the table is printed, .csv and .png are not drawn again', file=sys.stderr)
-    for line in lacking(load_records(out, wanted.name)):
+    records = load_records(out, wanted.name)
+    for line in (*lacking(records), *diverged(records)):
         print(f'relkd: {line}', file=sys.stderr)
 
 # %% ../nbs/lab/40_cli.ipynb #648d5c73
@@ -244,10 +249,16 @@ def data_list(context:typer.Context, data:Optional[str]=DATA):
     for name, file, what, do in unread(data):
         print(f"{name:14} is not read from {file} ({what}): {do}")
 
+def _heard():
+    "SIGTERM as Ctrl-C: what is half unpacked is removed."
+    def stop(number, frame): raise KeyboardInterrupt
+    signal.signal(signal.SIGTERM, stop)
+
 @data_app.command()
 def get(context:typer.Context, name:str=typer.Argument(help='cifar10, cifar100, tinyimagenet, omniglot, ...'), data:Optional[str]=DATA):
     "Fetch a data set from its publisher."
     from relkd.data import fetch
+    _heard()
     print(fetch(name, data or context.obj))
 
 # %% ../nbs/lab/40_cli.ipynb #2af6fff5
@@ -260,6 +271,7 @@ def import_(
 ):
     "Decode a folder of images once into a data set of its own name."
     from relkd.data import data_root, import_folder
+    _heard()
     print(import_folder(folder, name, data_root(data or context.obj), size, grey))
 
 # %% ../nbs/lab/40_cli.ipynb #efe1a6b6

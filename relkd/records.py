@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'NEEDED', 'environment', 'make_record', 'cell_name', 'record_path', 'write_record', 'upgraded',
-           'read_record', 'load_records', 'to_tensorboard']
+           'read_record', 'load_records', 'diverged', 'to_tensorboard']
 
 # %% ../nbs/lab/21_records.ipynb #994c79f8
 import json
@@ -159,6 +159,18 @@ def load_records(
     if not found:
         raise ValueError(f"no records of {recipe!r} in {folder}: run the recipe first")
     return [record for _, record in found.values()]
+
+# %% ../nbs/lab/21_records.ipynb #ab07f8f0
+def diverged(
+    records:list,
+) -> list: # of lines, one a row
+    "Which rows have runs whose loss was not finite in the last epoch."
+    lost = {}
+    for r in records:
+        if r['epochs'] and r['epochs'][-1].get('loss', 0) is None:
+            lost.setdefault(r['row'], set()).add(r['seed'])
+    def shown(s): return f"seed{'s' * (len(s) > 1)} {', '.join(map(str, sorted(s)))}"
+    return [f"{row} diverged with {shown(s)}: its last loss is not finite" for row, s in lost.items()]
 
 # %% ../nbs/lab/21_records.ipynb #a5278914
 def to_tensorboard(

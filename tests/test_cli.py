@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import data_helpers
 from data_helpers import one_line
 from relkd.checkpoints import hold
 from relkd.cli import numbers, seconds, setting, size
@@ -147,6 +148,12 @@ def test_event_files_for_tensorboard(typed, tmp_path):
 
 def test_data_that_are_there_and_that_are_missing(typed, tmp_path):
     assert "digits         1,000 train, 797 test images of 1 x 8 x 8, 10 classes, 6b8e28bb3067" in typed("data", "--data", tmp_path)[1]
+    for name in ("aaa", "zzz"):                               # one damaged set does not hide the others
+        data_helpers.arrays(tmp_path / name)
+    (tmp_path / "aaa" / "train_images.npy").write_bytes(b"junk")
+    lines = typed("data", "--data", tmp_path)[1].splitlines()
+    for said in ("aaa            is damaged: ", "zzz            6 train"):
+        assert any(line.startswith(said) for line in lines)
     code, said, error = typed("run", "cifar100/cpu", "--data", tmp_path, "--out", tmp_path, "--device", "cpu")
     assert code == 2 and error.count("\n") == 1 and "relkd data get cifar100" in error
 

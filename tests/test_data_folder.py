@@ -3,6 +3,7 @@ import io
 import json
 import shutil
 import struct
+import unicodedata
 import zlib
 
 import numpy as np
@@ -45,6 +46,19 @@ def test_images_in_folders_are_torchvisions(tmp_path, test):
                                                     for a, (b, _) in zip(x, theirs, strict=True))
     assert len(before) == len(sorted(tmp_path.rglob("*"))) + 2, "something was written"
     assert load(str(tmp_path / "own")).fingerprint == data.fingerprint == load(str(tmp_path / "own") + "/", "/nowhere").fingerprint
+
+
+def test_images_of_phones_and_macs_are_read_or_named(tmp_path):
+    """The fault: a .heic among the .jpg was left out without a word, and __MACOSX was a class."""
+    folder(tmp_path / "own")
+    want, train = load("own", tmp_path), tmp_path / "own" / "train"
+    (train / "__MACOSX").mkdir()
+    (train / "__MACOSX" / "._0.png").write_bytes(b"x")
+    for split, spelling in (("train", "NFD"), ("test", "NFC")):
+        picture(tmp_path / "own" / split / unicodedata.normalize(spelling, "käfer") / "0.gif", 5)
+    assert load("own", tmp_path).classes == (*want.classes, "käfer")
+    (train / "ant" / "9.heic").write_bytes(b"\0\0\0\x20ftypheic" + bytes(50))
+    one_line(lambda: load("own", tmp_path), "image train/ant/9.heic is an image of a phone (HEIC or AVIF): save it as PNG")
 
 
 def test_three_splits_grey_and_a_size(tmp_path):

@@ -173,6 +173,14 @@ def test_zips_that_python_reads(tmp_path, how):
         assert e.read(e.names[0]) == b"here"
 
 
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
+    as_tree(tmp_path, {"set/a/0.png": b"x", "elsewhere/1.png": b"y"})
+    (tmp_path / "set" / "a" / "loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "a" / "self").symlink_to(tmp_path / "set" / "a")
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert Entries(tmp_path / "set").names == ["a/0.png", "linked/1.png"]
+
+
 def test_a_name_in_another_spelling_or_deeper_is_found_and_a_doubtful_one_is_not(tmp_path):
     for n in ("a/Käfer.JPG", "a/twice.png", "b/twice.png"):
         (tmp_path / n).parent.mkdir(exist_ok=True)
@@ -445,12 +453,13 @@ def npz(**arrays):
     ("miniimagenet", "miniimagenet/base.json", b"{}", "found miniimagenet/base.json (file lists), which is not read: write train.csv"),
     ("cifar_fs", "CIFAR-FS/CIFAR_FS_train.pickle", b"\x80\x02", "found CIFAR-FS/CIFAR_FS_train.pickle (a pickle)"),
     ("cifar100", "cifar-100-python.tar.gz", b"\x1f\x8b", "`relkd data get cifar100` unpacks it"),
-    ("miniimagenet", "mini-imagenet.tar.xz", b"\xfd7zXZ\0", "(an xz archive), which is not read: unpack it: tar xf 'mini-imagenet.tar.xz'"),
+    ("miniimagenet", "mini-imagenet.tar.xz", b"\xfd7zXZ\0", "(an xz archive), which is not read: unpack it: tar xf 'mini-im"),
     ("miniimagenet", "mini-imagenet.zip.001", b"PK\x03\x04", "(a zip in several parts), which is not read: join them"),
     ("miniimagenet", "mini-imagenet.rar", b"Rar!\x1a", "(a rar archive), which is not read: unpack it: 7z x 'mini-imagenet.rar'"),
     ("cifar10", "cifar10/train/frog/1.png", b"x",
      "found cifar10 (folders of images), which is not read: `relkd data import 'cifar10' OWN --size 32`"),
     ("photos", "photos.npz", npz(x=1), "data set 'photos' is not in"),
+    ("photos", "photos/x_train", b"\x93NUMPY", "found photos/x_train (a .npy array), which is not read: call the four train_images.npy"),
     ("photos", "photos/x_train.npy", b"", "found photos/x_train.npy (Keras's names), which is not read: rename x_train"),
 ])
 def test_what_lies_there_in_another_form_is_named(tmp_path, typed, name, file, content, expected):
@@ -460,6 +469,13 @@ def test_what_lies_there_in_another_form_is_named(tmp_path, typed, name, file, c
     assert len(said) < 1000 and finds(tmp_path, name)
     if name != "photos":
         assert any(f"{name:14} is not read from" in line for line in typed("data", "--data", tmp_path)[1].splitlines())
+
+
+def test_a_folder_that_holds_nothing_known_is_said_to_hold_what_it_does(tmp_path):
+    as_tree(tmp_path, {"photos/a.jpg": b"", "photos/notes.txt": b"", "photos/.DS_Store": b""})
+    one_line(lambda: load("photos", tmp_path), "photos holds a.jpg, notes.txt: a data set of your own is four arrays, train_images.npy")
+    folder = as_tree(tmp_path, {"cifar-10-batches-py/batches.meta": b"\x80\x02", "cifar-10-batches-py/test_batch": b"\x80\x02"})
+    assert folder is None and finds(tmp_path, "cifar10") == [], "an incomplete folder is called that, not a pickle to be converted"
 
 
 def test_near_looks_one_folder_up_and_down(tmp_path):

@@ -510,6 +510,16 @@ def test_the_inventory_reads_again_only_what_changed(tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("entry", [None, {}, {"name": "own"}, {"name": "other", "error": "x"}, {"name": "own", "error": 5}])
+def test_an_inventory_that_somebody_edited_is_read_again(tmp_path, entry):
+    arrays(tmp_path / "own")
+    want, path = inventory(tmp_path), tmp_path / "inventory.json"
+    known = json.loads(path.read_text())
+    known["own"]["entry"] = entry
+    path.write_text(json.dumps(known))
+    assert inventory(tmp_path) == want
+
+
 def test_the_inventory_of_a_folder_that_is_not_there(tmp_path):
     assert [e["name"] for e in inventory(tmp_path / "none")] == ["digits"] and not list(tmp_path.iterdir())
 

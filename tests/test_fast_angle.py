@@ -209,6 +209,23 @@ print('equal')
     assert done.stdout.strip() == "equal", done.stderr
 
 
+def test_without_a_compiler_it_is_said_once_and_computed_without_it(monkeypatch):
+    """The fault: 135 lines of traceback where no C++ compiler is."""
+    import relkd.losses.angle as angle
+
+    def broken(*_, **__):
+        def run(*_):
+            raise RuntimeError("no working C++ compiler")
+        return run
+
+    monkeypatch.setattr(angle, "_compiled", [])
+    monkeypatch.setattr(torch, "compile", broken)
+    s, t = torch.randn(9, 4, requires_grad=True), torch.randn(9, 6)
+    with pytest.warns(UserWarning, match="compiled=True: torch.compile does not run here .*C.. compiler") as said:
+        values = [RKDAngle(compiled=True)(s, t), RKDAngle(compiled=True)(s, t)]
+    assert len(said) == 1 and values[0].equal(values[1]) and values[0].equal(RKDAngle()(s, t))
+
+
 def test_a_kernel_that_does_not_compile_is_said_once_and_replaced(monkeypatch):
     from types import SimpleNamespace
 

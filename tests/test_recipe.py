@@ -215,3 +215,12 @@ def test_two_files_of_one_name_are_two_modules_and_no_module_is_hidden(tmp_path)
         found.append(from_file(tmp_path / folder / "random.py"))
     assert digest(described(found[0].rows)) != digest(described(found[1].rows)) and sys.modules["random"] is random
     assert isinstance(found[0], Recipe)
+
+
+@pytest.mark.parametrize("name", known_recipes())
+def test_what_a_recipe_begins_with_is_a_row_of_a_recipe(name):
+    """The fault: the second generation of metric/cifar100 named a first one that does not exist."""
+    r = recipe(name)
+    for of in (r.teacher_weights, *(r.starts or {}).values()):
+        if isinstance(of, tuple):
+            assert of[1] == "Teacher" or of[1] in [row.name for row in recipe(of[0]).rows], of

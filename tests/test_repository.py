@@ -132,6 +132,17 @@ def imported(path, parts):
                     yield tuple(n.name.split(".")[1:]), []
 
 
+def test_no_merge_is_left_half_done():
+    """nbdev's merge leaves cells of markers; closed with them left in, a name is exported twice."""
+    for path in ROOT.glob("nbs/**/*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            text = "".join(cell["source"]).lstrip("`")
+            assert not re.match(r"<{7}|>{7}|={7}$", text), f"{path.name}: a marker of a merge is left in cell {cell.get('id')}"
+    for path, parts in modules():
+        names = [n.name for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, (ast.ClassDef, ast.FunctionDef))]
+        assert len(names) == len({*names}), f"{'/'.join(parts)} defines a name twice"
+
+
 def test_every_module_has_a_floor():
     rooms = {parts[0] for _, parts in modules()}
     assert rooms <= set(FLOOR), f"give {rooms - set(FLOOR)} a floor in FLOORS"

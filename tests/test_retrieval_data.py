@@ -388,6 +388,16 @@ def test_copies_that_are_wrong(tmp_path, make, spoil, expected):
     one_line(lambda: load(name, tmp_path, size=16), *expected)
 
 
+def test_a_shared_disk_that_is_not_written_to(tmp_path, monkeypatch):
+    folder = cub(tmp_path / "shared")
+    before = sorted(folder.iterdir())
+    monkeypatch.setenv("RELKD_CACHE", str(tmp_path / "mine"))
+    d = load("cub200", tmp_path / "shared", size=16)
+    assert sorted(folder.iterdir()) == before and len(kept(tmp_path / "mine" / "CUB_200_2011")) == 1
+    monkeypatch.delenv("RELKD_CACHE")
+    assert load("cub200", tmp_path / "shared", size=16).fingerprint == d.fingerprint and len(kept(folder)) == 1
+
+
 def test_names_with_blanks_and_of_other_scripts(tmp_path):
     folder = cub(tmp_path)
     old, new = "001.Bird_1/Bird_0.jpg", "001.Bird_1/信天翁 é 0.jpg"

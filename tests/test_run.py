@@ -20,7 +20,7 @@ from relkd.checkpoints import hold, load_checkpoint, manifest_of, save_checkpoin
 from relkd.data import load
 from relkd.distill import Row, Term
 from relkd.ground import digest, teacher_seed
-from relkd.records import load_records, write_record
+from relkd.records import diverged, load_records, write_record
 from relkd.tables.recipe import from_file, recipe
 from relkd.tables.run import Experiment, run, trained
 from relkd.tasks.fewshot import FewShot, run_trials
@@ -158,6 +158,33 @@ def test_stopped_and_continued_is_not_stopped(done, tmp_path, stop_at):
         run(recipe, session(tmp_path, stop=After(stop_at)))
     assert list(tmp_path.glob(".runs/*/group-*.ckpt"))
     assert figures(run(recipe, session(tmp_path))) == figures(records) and not left_over(tmp_path)
+
+
+def test_a_budget_holds_between_the_final_tests_too(tmp_path, steps):
+    """The fault: it was not asked once training had ended, and tests of many rows may take as long."""
+    with pytest.MonkeyPatch.context() as m:
+        real, tested = engine._finish, []
+        stop = Stop(budget=None)
+
+        def slow(e, *a, **k):
+            real(e, *a, **k)
+            tested.append(1)
+            if len(tested) == 2:                                 # the teacher, the first student
+                stop.why = "budget"
+
+        m.setattr(engine, "_finish", slow)
+        with pytest.raises(Stopped, match="budget"):
+            run(toy(), session(tmp_path, stop=stop))
+    n = len(steps)
+    assert len(tested) == 2 and len(run(toy(), session(tmp_path))) == toy().runs and len(steps) == n
+
+
+def test_a_run_that_diverges_says_so_once_and_under_its_table(tmp_path):
+    r = toy(schedule=replace(toy().schedule, lr=1e12), rows=toy().rows[:1])
+    with pytest.warns(UserWarning, match=f"{r.rows[0].name}, seed 0: the loss of epoch . is not finite: it has diverged") as said:
+        records = run(r, session(tmp_path))
+    assert sum("diverged" in str(w.message) for w in said) == 1
+    assert diverged(records) == [f"{r.rows[0].name} diverged with seed 0: its last loss is not finite"]
 
 
 def test_a_signal_stops_at_a_checkpoint_in_parts(tmp_path):

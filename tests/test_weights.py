@@ -214,6 +214,18 @@ def not_safetensors(at):
     change(**m)(at)
 
 
+def not_finite(at):
+    from safetensors.torch import load_file, save_file
+    m = manifest(NAME, at)
+    part = at / "digits" / next(p["name"] for p in m["parts"] if "fc.bias" in load_file(at / "digits" / p["name"]))
+    tensors = load_file(part)
+    tensors["fc.bias"][3] = float("nan")
+    save_file(tensors, part)
+    changed = next(p for p in m["parts"] if p["name"] == part.name)
+    changed |= {"bytes": part.stat().st_size, "sha256": hashlib.sha256(part.read_bytes()).hexdigest()}
+    change(**m)(at)
+
+
 @pytest.mark.parametrize("name, damage, message", [
     ("digits/resnet8x5", lambda at: None, "unknown published network 'digits/resnet8x5': did you mean 'digits/resnet8x0.5'?"),
     ("zzz", lambda at: None, "unknown published network 'zzz': known are digits/resnet8x0.5"),
@@ -229,6 +241,11 @@ def not_safetensors(at):
     (NAME, lambda at: (at / f"{NAME}.json").write_text("[1]"), "the manifest digits/resnet8x0.5.json is not readable (TypeError: "),
     (NAME, change(parts=[{"name": "x"}]), "is not readable (KeyError: 'bytes')"),
     (NAME, change(network="resnet9"), "unknown network 'resnet9'"),
+    (NAME, change(network=5), "is not readable (TypeError: network is a name, classes and channels are numbers)"),
+    (NAME, change(classes="10"), "is not readable (TypeError: network is a name, classes and channels are numbers)"),
+    (NAME, change(channels=None), "is not readable (TypeError: network is a name, classes and channels are numbers)"),
+    (NAME, change(network="resnet8x50"), "do not fit resnet8x50 with 10 classes"),
+    (NAME, not_finite, "are of a network that diverged (fc.bias is not finite)"),
     (NAME, change(classes=9), "the weights of digits/resnet8x0.5 do not fit resnet8x0.5 with 9 classes and 1 channels "
                               "(fc.weight is (10, 32), not (9, 32)): publish the network again"),
     (NAME, change(parts=[]), "(conv1.weight is missing)"),

@@ -87,6 +87,7 @@ def label_array(
     if len(a) and (a.min() < 0 or classes is not None and a.max() >= classes):
         last = '...' if classes is None else classes - 1
         drop = ': drop the images without a class' if a.min() < 0 else ''
+        if classes and (a.min(), a.max()) == (1, classes): drop = ': np.save y - 1, if they count from 1'
         raise ValueError(f"{path} must hold labels from 0 to {last}; got {a.min()} to {a.max()}{drop}")
     return torch.from_numpy(a)
 

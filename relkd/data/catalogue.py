@@ -14,7 +14,8 @@ from pathlib import Path
 from .. import __version__
 from .cifar import CIFAR10, CIFAR100, CIFAR_FS, FC100
 from .digits import DIGITS
-from .finds import finds, in_words
+from .arrays import PLAIN
+from .finds import finds, in_words, inside
 from .folder import own_names, own_source
 from .miniimagenet import MINIIMAGENET
 from .omniglot import OMNIGLOT
@@ -33,6 +34,9 @@ def _source(name, root): # (Source, its root)
     if own := own_source(name, root): return own
     if found := in_words(finds(root, name)):
         raise ValueError(f"data set {name!r} is not in {root}{found}")
+    if held := inside(root / name):
+        raise ValueError(f"{root / name} holds {', '.join(p.name for p in held[:6])}: a data set of your own is four arrays, "
+                         f"{', '.join(PLAIN)}, or train/CLASS/*.png with test/ likewise")
     raise ValueError(nearest('data set', name, [*SOURCES, *(n for n in own_names(root) if n not in SOURCES)]))
 
 def load(
@@ -53,6 +57,7 @@ def check_name(
     source, root = _source(name, data_root(root))
     source.find(root, **options)
 
+# %% ../../nbs/data/13_catalogue.ipynb #541c9606
 def fetch(
     name:str,            # one of SOURCES
     root=None,           # where to put it; as data_root takes it
@@ -83,6 +88,11 @@ def _entry(name, source, root):
             'classes': len(data.classes), 'fingerprint': data.fingerprint}
 
 # %% ../../nbs/data/13_catalogue.ipynb #a1b9408c
+def _is_entry(e, name): # of the form that `_entry` gives: somebody may have edited the file
+    if not isinstance(e, dict): return False
+    kinds = {'error': str} if 'error' in e else {'counts': dict, 'shape': list, 'classes': int, 'fingerprint': str}
+    return e.get('name') == name and all(isinstance(e.get(k), t) for k, t in kinds.items())
+
 def _kept(path): # of the last time
     try: known = json.loads(path.read_text(encoding='utf-8-sig'))
     except (OSError, ValueError): return {}
@@ -98,7 +108,7 @@ def inventory(
         source, _ = _source(name, root)
         if not (state := _state(source, root)): continue
         old = known.get(name)
-        if isinstance(old, dict) and old.get('state') == state:
+        if isinstance(old, dict) and old.get('state') == state and _is_entry(old.get('entry'), name):
             new[name] = old
         else:
             entry = _entry(name, source, root)

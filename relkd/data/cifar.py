@@ -64,8 +64,9 @@ def _read_torchvision(root, name):
     here = type(kind.__name__, (kind,), {'base_folder': where.name})
     try: train, test = (here(where.parent, train=part) for part in (True, False))
     except (RuntimeError, OSError, EOFError) as error:
-        raise ValueError(f"{where} is damaged or not whole, or not the publisher's ({str(error).splitlines()[0]}): remove it, "
-                         f"then `relkd data get {name}`; data of your own go into four .npy in a folder of another name") from error
+        raise ValueError(f"{where} is damaged or not whole, or not the publisher's, whose MD5 is known ({str(error).splitlines()[0]}): "
+                         f"`relkd data get {name}` puts the publisher's there; data of your own go into four .npy in a folder of another "
+                         "name") from error
     classes = check_order(name, train.classes, CLASSES[name], where)
     parts = {'train': train, 'test': test}
     return joined(name, {s: (nchw(d.data), torch.tensor(d.targets)) for s, d in parts.items()}, classes)

@@ -20,8 +20,9 @@ from .images import open_zip
 # %% ../../nbs/data/04_entries.ipynb #87f03a3e
 def _of_folder(path): # name -> path of each file
     found = {}
+    def loops(p): return os.path.islink(p) and f'{os.path.realpath(os.path.dirname(p))}/'.startswith(f'{os.path.realpath(p)}/')
     for folder, folders, files in os.walk(path, followlinks=True):
-        folders.sort()
+        folders[:] = sorted(f for f in folders if not loops(os.path.join(folder, f)))
         below = os.path.relpath(folder, path).replace(os.sep, '/')
         for f in files:
             found[f if below == '.' else f'{below}/{f}'] = os.path.join(folder, f)

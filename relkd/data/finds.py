@@ -55,10 +55,11 @@ _HDF5 = ("f = h5py.File('{file}'); k = []; f.visit(lambda n: k.append(n) if hasa
          "x = np.concatenate([f[n][:] for n in k]); y = np.repeat(np.arange(len(k)), [len(f[n]) for n in k]); " + _SAVE)
 _COLUMNS = ("d = pandas.read_parquet('{file}'); y = d.iloc[:, 1].to_numpy(); x = np.stack([np.asarray(PIL.Image.open("
             "io.BytesIO(r['bytes'])).convert('RGB')) for r in d.iloc[:, 0]]); " + _SAVE)
-_UNPACK = "unpack it: tar xf '{file}'"
+_UNPACK = "unpack it: tar xf '{file}', or gunzip, bunzip2, unxz, if it is one file alone"
 FORMS = { # what a file is by its first bytes -> what makes plain arrays (N, H, W, C) of it
     'a parquet file': _COLUMNS,
     'an arrow file': "d = pyarrow.feather.read_feather('{file}'), then as of parquet",
+    'a .npy array': "call the four train_images.npy, train_labels.npy, test_images.npy and test_labels.npy",
     'an .npz': "z = np.load('{file}'); x, y = z['train_images'], z['train_labels']; " + _SAVE,
     'an HDF5 file': _HDF5,
     'a pickle': "d = relkd.data.forms.read_pickle('{file}'); x, y = d['data'], np.array(d['labels']); " + _SAVE,
@@ -81,7 +82,7 @@ NAMED = ( # pattern of a file's name in small letters, what it is, what to do
 )
 
 # %% ../../nbs/data/05_finds.ipynb #e617894d
-_IMAGE = re.compile(r'\.(png|jpe?g|bmp|webp|tiff?)$', re.I)
+_IMAGE = re.compile(r'\.(png|jpe?g|jfif|bmp|webp|tiff?|gif|avif|heic)$', re.I)
 _TEXT = '.txt', '.csv', '.json', '.md', '.npy'
 _PROMISED = '.parquet', '.npz', '.h5', '.hdf5', '.pkl', '.pickle', '.mat', '.zip', '.gz', '.tgz', '.arrow'
 
@@ -90,7 +91,7 @@ def _form(path): # (what it is, what to do), or None
     if of_name := next((row[1:] for row in NAMED if fnmatch.fnmatch(name, row[0])), None): return of_name
     if _IMAGE.search(name) or name.endswith(_TEXT): return None
     form = form_of(first_bytes(path)) or ('another thing than its name says', 'get it again')
-    if form[0] in FORMS and not (form[0] == 'a pickle' and not path.suffix): return form[0], FORMS[form[0]]
+    if form[0] in FORMS and (form[0] != 'a pickle' or name.endswith(_PROMISED)): return form[0], FORMS[form[0]]
     return form if name.endswith(_PROMISED) else None
 
 def _image_folders(place): # a find, or None

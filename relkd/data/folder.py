@@ -8,6 +8,7 @@ __all__ = ['KINDS', 'own_source', 'own_names', 'import_folder']
 # %% ../../nbs/data/12_folder.ipynb #04dc79e3
 import json
 import os
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 
 from .arrays import PLAIN, check_labels, image_array, label_array, listed_classes, nchw, plain_place, read_plain, whole_folder
+from .forms import is_litter
 from .images import decode
 from .sets import Dataset
 from .source import Source
@@ -44,14 +46,16 @@ def _read_split_arrays(root, name):
     return Dataset(name, nchw(images).contiguous(), labels, splits, classes)
 
 # %% ../../nbs/data/12_folder.ipynb #1b319c10
-KINDS = '.png', '.jpg', '.jpeg', '.bmp', '.ppm', '.pgm', '.webp', '.tif', '.tiff'
+KINDS = ('.png', '.jpg', '.jpeg', '.jfif', '.bmp', '.ppm', '.pgm', '.webp', '.tif', '.tiff', '.gif', '.avif',
+         '.heic', '.heif', '.jp2') # not all can be read everywhere; what cannot is named, and not left out without a word
 
-def _hidden(path, folder): return any(part.startswith('.') for part in path.relative_to(folder).parts)
+def _hidden(path, folder): return is_litter(path.relative_to(folder).as_posix())
 
 def _image_files(folder): # class -> sorted paths
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not _hidden(p, folder))
     def images(c): return sorted(f for f in c.rglob('*') if f.suffix.lower() in KINDS and not _hidden(f, c))
-    found = {c.name: images(c) for c in classes}
+    found = {}
+    for c in classes: found.setdefault(unicodedata.normalize('NFC', c.name), []).extend(images(c)) # a Mac spells ä in two letters
     if not found:
         raise ValueError(f"{folder} must hold one folder of images for each class; it holds no folder")
     if empty := [c for c, files in found.items() if not files]:

@@ -98,25 +98,28 @@ def decoded(
     files,                # names of its images below the folder, in order
     size:int=256,         # height and width they are resized to
     num_workers:int=None, # threads; as many as there are processors by default
+    into=None,            # folder of the decoded file; by default that of the data set
 ) -> torch.Tensor: # (N, 3, size, size) uint8, mapped. Raises ValueError naming what is missing, damaged or not writable
     "Decode images into FOLDER/decoded-SIZE-KEY.npy, unless that is there, and map it."
     folder, workers = Path(folder), os.cpu_count() if num_workers is None else num_workers
+    into = Path(into or folder)
     for what, value in (('size', size), ('num_workers', workers)):
         if type(value) is not int or value < 1: raise ValueError(f"{what} must be at least 1; got {value!r}")
-    path, part = folder / f'decoded-{size}-{_key(folder, files)}.npy', None
+    path, part = into / f'decoded-{size}-{_key(folder, files)}.npy', None
     if path.exists(): return map_images(path)
     try:
-        needed, free = len(files) * 3 * size * size, shutil.disk_usage(folder).free
+        into.mkdir(parents=True, exist_ok=True)
+        needed, free = len(files) * 3 * size * size, shutil.disk_usage(into).free
         if free < needed: raise OSError(f'{needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free')
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=path.stem + '.', suffix='.tmp', delete=False) as f:
+        with tempfile.NamedTemporaryFile(dir=into, prefix=path.stem + '.', suffix='.tmp', delete=False) as f:
             part = Path(f.name)
             _write(f, folder, files, size, workers)
         part.chmod(0o644)
         part.replace(path)
         _tidy(path, size)
     except OSError as error:
-        raise ValueError(f"cannot write decoded images into {folder} ({error.strerror or error}): make room, or link "
-                         "the set into a folder that can be written to") from error
+        raise ValueError(f"cannot write decoded images into {into} ({error.strerror or error}): make room, or name another folder for "
+                         "them by RELKD_CACHE, or link the set into a folder that can be written to") from error
     finally:
         if part: part.unlink(missing_ok=True)
     return map_images(path)

@@ -82,7 +82,7 @@ def _lying(root, of): # a copy, or None
 
 # %% ../../nbs/data/06_parts.ipynb #b25e14dc
 _COLUMNS = ('filename', 'label'), ('image_name', 'class_name')
-_IMAGE = r'[^/]+\.(?:png|jpe?g|bmp|webp|tiff?)'
+_IMAGE = r'[^/]+\.(?:png|jpe?g|jfif|bmp|webp|tiff?|gif|avif|heic)'
 
 def _rows_of(path): # pairs (file, class)
     head = read_csv(path, ())[0]

@@ -14,7 +14,7 @@ import torch
 from .folder import KINDS
 from .mapped import decoded
 from .sets import Dataset
-from .source import Source
+from .source import Source, cache_root
 
 # %% ../../nbs/data/16_photos.ipynb #4d204031
 IMAGENET = (.485, .456, .406), (.229, .224, .225)   # means and deviations that pretrained networks were trained with
@@ -43,7 +43,7 @@ def _photos(name, folder, rows, size=256, num_workers=None, on_host=None): # a D
     number = {c: i for i, c in enumerate(dict.fromkeys(c for _, c, _, _ in rows))}
     named = {c: class_name for _, c, class_name, _ in reversed(rows)}
     splits = {s: tuple(dict.fromkeys(number[c] for split, c, _, _ in rows if split == s)) for s in ('train', 'test')}
-    images = decoded(folder, [file for *_, file in rows], size, num_workers)
+    images = decoded(folder, [file for *_, file in rows], size, num_workers, cache_root(folder.parent) / folder.name)
     host = images.numel() > LARGEST if on_host is None else bool(on_host)
     labels = torch.tensor([number[c] for _, c, _, _ in rows])
     return Dataset(name, images, labels, splits, tuple(named[c] for c in number), IMAGENET, host)

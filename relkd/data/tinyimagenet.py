@@ -7,6 +7,7 @@ __all__ = ['TOP', 'TINY', 'TINYIMAGENET']
 
 # %% ../../nbs/data/09_tinyimagenet.ipynb #c54a043c
 import re
+import warnings
 import zipfile
 import zlib
 from dataclasses import replace
@@ -32,7 +33,7 @@ def _lines(e, name): # of a text; none if there is no such entry
         raise ValueError(f"{e.path}: {name} is damaged ({type(error).__name__}): get the file again") from error
 
 def _tested(e, top): # pairs (entry, class) of the test images, in the publisher's order
-    notes = [row.split('\t')[:2] for row in _lines(e, f'{top}val/val_annotations.txt')]
+    notes = [row.split('\t')[:2] for row in _lines(e, f'{top}val/val_annotations.txt') if row]
     there = [m for n in e.names if (m := re.fullmatch(re.escape(top) + r'val/(?:(n\d+)/)?(?:images/)?([^/]+\.jpe?g)', n, re.I))]
     found = {m[2].lower(): m[0] for m in there}
     if notes: # the usual script moves the images into folders of classes, and may leave the list
@@ -80,6 +81,8 @@ def _unpack(root, name):
     if source.is_dir() and folder.exists() and source.samefile(folder): folder = folder / 'arrays'
     with Entries(source) as e:
         parts, names = _contents(e)
+        if (got := tuple(len(n) for n, _ in parts.values())) != (100000, 10000):
+            warnings.warn(f"{source} holds {got[0]:,} and {got[1]:,} images; the publisher's has 100,000 and 10,000")
         with whole_folder(folder) as part:
             for split, (entries, labels) in parts.items():
                 save_images(part / f'{split}_images.npy', entries, e.read, source, 64)

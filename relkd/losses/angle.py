@@ -80,9 +80,16 @@ def _tile(pi, pk, ri, rk, q, ai, ak, ui, uk, z, on_diagonal):
     return both if on_diagonal else (*both, V.sum(1), A.sum(1))
 
 _compiled = []
-def _fused():
-    "The tile as one C++ or CUDA loop, made by torch.compile at the first use."
-    if not _compiled: _compiled.append(torch.compile(_tile, dynamic=True))
+def _fused(q): # like these far sides
+    "The tile as one C++ or CUDA loop, made by torch.compile at the first use; None where that does not run (said once)."
+    if not _compiled:
+        made, rows, far = torch.compile(_tile, dynamic=True), [q.new_ones(3, 5) for _ in range(8)], q.new_ones(5, 5)
+        try: made(*rows[:4], far, *rows[4:], far.clone(), True)
+        except Exception as error:
+            made = None
+            warnings.warn(f'compiled=True: torch.compile does not run here ({type(error).__name__}; it needs a C++ compiler): '
+                          'computed without it, the values are the same', stacklevel=2)
+        _compiled.append(made)
     return _compiled[0]
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #4f837e6d
@@ -157,14 +164,15 @@ def _cube(
     both = both.to(dtype)
     q, z = both
     roots = _reciprocal(both).mul_(.5).sqrt_()    # 1 / distance, with the factor 1/2 of the law of cosines
-    one = _fused() if compiled else _Buffers(q, block * cuts[0].stop**2)
+    fused = _fused(q) if compiled else None
+    one = fused or _Buffers(q, block * cuts[0].stop**2)
     def at(I, K, p, r, a, u):
         return one(p[:, I], p[:, K], r[:, I], r[:, K], q[I, K], a[:, I], a[:, K], u[:, I], u[:, K], z[I, K], I is K)
     def near(j):
         J = anchors[j:j + block]
         if isinstance(J, range): J = slice(J.start, J.stop, J.step)
         rows = _near(both, roots, J)
-        return [x.clone() for x in rows] if compiled else rows    # or torch.compile makes a program for each address
+        return [x.clone() for x in rows] if fused else rows    # or torch.compile makes a program for each address
     if block == a and len(cuts) == 1:
         loss, *tables = at(cuts[0], cuts[0], *near(0))
         return widest(loss), *tables

@@ -10,8 +10,10 @@ import copy
 import hashlib
 import json
 import re
+from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from ..ground import nearest, write_atomically
@@ -148,8 +150,8 @@ def manifest(
         raise ValueError(nearest('published network', name, published))
     try:
         m = json.loads(known[name].read_text(encoding='utf-8-sig'))
-        for k in ('network', 'classes', 'channels'):
-            m[k]
+        if type(m['network']) is not str or type(m['channels']) is not int or type(m['classes']) not in (int, type(None)):
+            raise TypeError('network is a name, classes and channels are numbers')
         for p in m['parts']:
             p['name'], p['bytes'], p['sha256']
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -204,9 +206,13 @@ def load(
         except SafetensorError as error:
             raise ValueError(f"part {p['name']} of {name} is no safetensors file ({error}): "
                              "publish the network again") from None
-    net = create(m['network'], m['classes'], m['channels'], **m.get('options', {}))
-    if wrong := misfit(tensors, net.state_dict()):
+    build = partial(create, m['network'], m['classes'], m['channels'], **m.get('options', {}))
+    with torch.device('meta'): due = build().state_dict()             # takes no memory, whatever the manifest asks for
+    if wrong := misfit(tensors, due):
         asked = _is(m['network'], m['classes'], m['channels'])
         raise ValueError(f"the weights of {name} do not fit {asked} ({wrong}): publish the network again")
+    if lost := next((n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None):
+        raise ValueError(f"the weights of {name} are of a network that diverged ({lost} is not finite): get another")
+    net = build()
     net.load_state_dict(tensors)
     return net.eval()

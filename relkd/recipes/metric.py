@@ -108,15 +108,16 @@ metric_sop = replace(
 def self_distilled(
     of:Recipe,      # whose teacher teaches the first generation
     generation:int, # 1 or more: the student of the one before teaches
-    **changes,      # of the recipe, its name and title among them
+    name:str,       # of the recipe, ending in -gen1, -gen2, ...
+    **changes,      # of the recipe, its title among them
 ) -> Recipe:
     "A student of the teacher's own kind and width, off the sphere, RKD alone (Table 2)."
-    before = (of.name, 'Teacher') if generation == 1 else (f'{of.name}-gen{generation - 1}', 'RKD-DA')
+    before = (of.name, 'Teacher') if generation == 1 else (name.replace(f'-gen{generation}', f'-gen{generation - 1}'), 'RKD-DA')
     off = dict(size=of.task.teacher_size, teacher_l2=of.task.teacher_l2 and generation == 1)
     starts = {'student': of.starts['teacher']} if of.starts else {}
     made = replace(of, teacher_weights=before, starts=starts, student=of.teacher, task=replace(of.task, **off),
                    rows=(Row('RKD-DA', rkd_da(), task=0.),), quoted={}, baseline='Teacher')
-    return replace(made, **changes)
+    return replace(made, name=name, **changes)
 
 metric_cub_gen1 = self_distilled(
     metric_cub,

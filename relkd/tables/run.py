@@ -22,7 +22,8 @@ from .recipe import Recipe
 from .teacher import as_teacher, begun, compare, fed, given_to, taken
 from ..train.learner import Learner
 from ..train.loop import fit
-from ..train.session import Saver, Session
+from ..train.processes import asked_by_any
+from ..train.session import Saver, Session, Stopped
 
 # %% ../../nbs/lab/32_run.ipynb #1d46a33d
 def _finished(experiment, protocol):
@@ -57,7 +58,9 @@ def _train(experiment, learners, protocols, asked, schedule, stream, label, teac
     seconds = fit(learners, stream, schedule.epochs, teacher, s, e.data, e.recipe.eval_every, f'{e.recipe.name} {label}', saver, names)
     of_teacher = weights_hash(teacher.state_dict()) if teacher is not None else None
     images = schedule.epochs * len(stream) * stream.batch_size * len(learners)
-    for l, p in zip(learners, protocols):
+    for k, (l, p) in enumerate(zip(learners, protocols)):
+        if k and any(asked_by_any(e.fabric, s.stopping())):       # tests may take long, too; what is tested is kept
+            raise Stopped((s.stop and s.stop.why) or 'another process')
         _finish(e, l.task, p, l.model, l.epochs, of_teacher, seconds=round(seconds, 1), trained_beside=len(learners),
                 images_per_second=round(images / max(seconds, 1e-9), 1))
     if e.fabric.is_global_zero:

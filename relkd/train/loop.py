@@ -7,6 +7,7 @@ __all__ = ['Moment', 'moments', 'Together', 'fit']
 
 # %% ../../nbs/lab/14_fit.ipynb #e9f4bfed
 import time
+import warnings
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -115,10 +116,18 @@ class Together(_Ready):
         for l in self.learners:
             if moment.stage is None:
                 l.end_epoch(self.fabric, data, watch)
+                _say_diverged(l)
             elif l.stage == moment.stage and moment.epoch + 1 >= l.row.before[moment.stage].epochs:
                 l.end_stage()
 
 # %% ../../nbs/lab/14_fit.ipynb #177adf7c
+def _say_diverged(learner):
+    "A loss that is not finite is said once, at the end of its epoch."
+    lost = [e['epoch'] for e in learner.epochs if e['loss'] is None]
+    if lost == [learner.epochs[-1]['epoch']]:
+        warnings.warn(f"{learner.row.name}, seed {learner.seed}: the loss of epoch {lost[0]} is not finite: it has diverged, "
+                      "and learns nothing any more; a smaller learning rate or weight may help")
+
 class _Walk:
     "Where a run stands in its course; loaded from the checkpoint if there is one that holds all its learners."
     def __init__(self, learners, names, session, fabric, saver):
