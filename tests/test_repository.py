@@ -36,7 +36,7 @@ def test_exported_code_is_in_step_with_the_notebooks(copy):
 
 def test_notebooks_are_clean(copy):
     subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True, capture_output=True)
-    assert files(copy / "nbs", "**/*.ipynb") == files(ROOT / "nbs", "**/*.ipynb"), "run `nbdev_clean`"
+    assert files(copy / "nbs", "**/*.ipynb") == files(ROOT / "nbs", "**/*.ipynb"), "run `make export`"
 
 
 def test_readme_is_in_step_with_the_index():
