@@ -27,7 +27,7 @@ def test_the_modules_of_an_extra_are_those_of_its_packages(extra):
     of = packages_distributions()
     here = [m for m in relkd.EXTRAS[extra] if m in of]
     assert here and all({d.lower() for d in of[m]} & names(settings[f"{extra}_requirements"]) for m in here)
-    assert len(relkd.EXTRAS[extra]) == len(names(settings[f"{extra}_requirements"]))
+    assert len(relkd.EXTRAS[extra]) == len(names(settings[f"{extra}_requirements"]) - {"torch"})     # the lab reads files: from 2.10 on
 
 
 def test_names_and_version():

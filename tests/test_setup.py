@@ -1,4 +1,5 @@
-"""What `make setup` does, with a stand-in for uv: once, after a change, after a move, offline, with little disk, with a home that is read-only."""
+"""What `make setup` does, with a stand-in for uv: once, after a change, after a move, offline, with little disk,
+with a home that is read-only."""
 import os
 import shutil
 import subprocess
