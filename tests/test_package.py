@@ -133,7 +133,7 @@ from relkd.losses import RKD
 from relkd.relations import pdist
 
 reveal_type(pdist(torch.randn(3, 4)))
-reveal_type(RKD(25., 50.).teacher_part(torch.randn(4, 5)))
+reveal_type(RKD(25., 50.)(torch.randn(4, 3), torch.randn(4, 5)).item)
 RKD(w_dist=3.)
 """
 
@@ -145,5 +145,5 @@ def test_a_type_checker_sees_the_types(tmp_path):
     (tmp_path / "client.py").write_text(CLIENT)
     done = subprocess.run([ty, "check", "--output-format", "concise", "--python", Path(sys.executable).parents[1],
                            "--extra-search-path", ROOT, "client.py"], capture_output=True, text=True, cwd=tmp_path)
-    assert "Revealed type: `Tensor`" in done.stdout, done.stdout + done.stderr
+    assert "Revealed type: `Tensor`" in done.stdout and "bound method Tensor.item" in done.stdout, done.stdout + done.stderr
     assert "Argument `w_dist` does not match any known parameter" in done.stdout

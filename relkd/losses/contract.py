@@ -9,6 +9,7 @@ __all__ = ['beside', 'DistillationLoss', 'traced', 'without_graph', 'finite', 'a
 # %% ../../nbs/losses/00_contract.ipynb #8b0566d8
 import math
 import warnings
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -158,6 +159,9 @@ class DistillationLoss(_InOrder):
     whose work can be divided computes a share from then on, such that the mean over the processes is the loss. By
     default only the parts that remember are told.
     """
+    if TYPE_CHECKING:                   # a module's own call says Any
+        def __call__(self, student, teacher, index=None) -> torch.Tensor: ...
+
     def forward(self,
         student,    # a layer of the student, or a list of layers: receives the gradient
         teacher,    # of the teacher, or its `teacher_part`: receives none
