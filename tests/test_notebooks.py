@@ -43,9 +43,12 @@ def shown(outputs):
     "What a reader sees of a cell as text, a figure as the word; without what another machine may print otherwise."
     import re
 
-    texts = []
+    texts, stream = [], False
     for o in outputs:
         text = o.get("text") or o.get("data", {}).get("text/plain", "")
+        goes_on, stream = stream and "text" in o, "text" in o                       # a stream arrives in one piece or in several
+        if goes_on:
+            text = texts.pop() + " " + "".join(text)
         texts.append(re.sub(r"\s+", " ", text if isinstance(text, str) else "".join(text)).strip())
     return [t for t in texts if t]
 

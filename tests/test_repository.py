@@ -132,6 +132,22 @@ def imported(path, parts):
                     yield tuple(n.name.split(".")[1:]), []
 
 
+def test_marks_beside_chinese_are_typeset():
+    """A code host takes a $ beside a Chinese character for a dollar; and ** between one and a mark does not close."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert not re.findall(r"[\u3000-\u9fff]\$[^$\n]+\$|\$[^$\n]+\$[\u3000-\u9fff]", readme), "write N², or leave a space"
+    markdown_it = pytest.importorskip("markdown_it")
+    read, left = markdown_it.MarkdownIt("commonmark").enable("table"), {}
+    for path in ROOT.glob("nbs/**/*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "markdown":
+                text = re.sub(r"\$[^$\n]+\$", "x", "".join(cell["source"]))
+                inline = [t for token in read.parse(text) for t in token.children or () if t.type == "text"]
+                if [t for t in inline if "**" in t.content]:
+                    left[f"{path.name} {cell.get('id')}"] = [t.content[:60] for t in inline if "**" in t.content]
+    assert not left, left
+
+
 def test_no_merge_is_left_half_done():
     """nbdev's merge leaves cells of markers; closed with them left in, a name is exported twice."""
     for path in ROOT.glob("nbs/**/*.ipynb"):
