@@ -189,3 +189,14 @@ def test_plain_arrays_come_first_and_have_no_options(tmp_path):
     folder(arrays(tmp_path / "own"))
     assert load("own", tmp_path).counts == {"train": 6, "test": 4}
     one_line(lambda: load("own", tmp_path, size=8), "data set 'own' has no option 'size': it has none")
+
+
+def test_tiny_imagenet_unpacked_is_not_a_folder_of_ones_own_too(tmp_path):
+    """The fault: read as tinyimagenet, and listed once more as damaged."""
+    from relkd.data.folder import own_names
+
+    for name in ("tiny-imagenet-200", "pets"):
+        (tmp_path / name / "train" / "a").mkdir(parents=True)
+    assert own_names(tmp_path) == ["pets", "tiny-imagenet-200"]
+    (tmp_path / "tiny-imagenet-200" / "wnids.txt").write_text("n01443537\n")
+    assert own_names(tmp_path) == ["pets"]

@@ -131,7 +131,8 @@ def own_names(
     "The user's own data sets below the root."
     signs = PLAIN[0], 'splits.json', 'train'
     found = {p.parent.name for sign in signs for p in root.glob(f'*/{sign}')}
-    return sorted(name for name in found if not name.startswith('.'))
+    tiny = {p.parent.name for p in root.glob('*/wnids.txt')}             # Tiny ImageNet as its publisher packs it: another source reads it
+    return sorted(name for name in found - tiny if not name.startswith('.'))
 
 # %% ../../nbs/data/12_folder.ipynb #3ed63655
 def import_folder(
