@@ -178,15 +178,15 @@ def composite(name):
     if name.startswith("CRD"):                               # what it remembers is its own affair: in evaluation it rests
         f(s, t, more)
     f.eval()
-    n = len(s)
+    n, k = len(s), len(s) + len(t)
 
     def call(*x):
-        return f(list(x[:n]), list(x[n:]), more)
+        return f(list(x[:n]), list(x[n:k]), list(x[k:]))
 
-    asks.check_with_mode(call, (*s, *t), {}, torch.testing.assert_close)
-    asks.check_all_permutations(call, (*s, *t), {}, torch.testing.assert_close)
+    asks.check_with_mode(call, (*s, *t, *more), {}, torch.testing.assert_close)
+    asks.check_all_permutations(call, (*s, *t, *more), {}, torch.testing.assert_close)
     wanting = [x.clone().requires_grad_() for x in s]
-    asks.check_backward_formula(call, (*wanting, *t), {}, assert_equal_fn=torch.testing.assert_close)
+    asks.check_backward_formula(call, (*wanting, *t, *more), {}, assert_equal_fn=torch.testing.assert_close)
 
 
 @pytest.mark.parametrize("name", ALWAYS)

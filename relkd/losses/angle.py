@@ -250,8 +250,7 @@ def loss_and_gradient(
     start:int,            # the first vertex
     step:int,             # from one vertex to the next
     compiled:bool,        # tiles by torch.compile?
-    which:Optional[
-        torch.Tensor]=None, # (K,) int64, vertices that stand for all N; then `start` and `step` count in it
+    which:Optional[torch.Tensor]=None, # (K,) int64, vertices that stand for all N: then these are counted
 ) -> tuple[torch.Tensor, torch.Tensor]: # 0-dim, and (N, D_S)
     "Mean Huber loss of the cosines, and its gradient with respect to the student."
     n = student.shape[0]
@@ -307,7 +306,7 @@ def angle_loss(
     known = isinstance(teacher, Sides)
     teacher = teacher.q if known else teacher.detach()
     given = teacher, known, distinct, *anchors, compiled, which
-    if traced(student): return _angle_loss(student, *given)[0]
+    if traced(student, teacher): return _angle_loss(student, *given)[0]
     with torch.no_grad(): loss, gradient = loss_and_gradient(student.detach(), *given)
     instead = 'use smooth_l1_loss of relkd.relations.angles for that'
     return known_gradient(student, loss, gradient, 'RKDAngle', instead)    # without the operator's overhead

@@ -183,13 +183,16 @@ class DistillationLoss(_InOrder):
 
 # %% ../../nbs/losses/00_contract.ipynb #3d28b4b1
 def traced(
-    t:torch.Tensor, # of the student
+    *tensors:torch.Tensor, # of the student, of the teacher
 ) -> bool:
-    """Is it recorded, not computed: by torch.compile, torch.export, make_fx, or as a FakeTensor,
-    which has no numbers to ask?"""
+    """Is it recorded, not computed: by torch.compile, torch.export, make_fx, as a FakeTensor or another
+    tensor that stands for one and has no numbers to ask?"""
     if torch.compiler.is_compiling(): return True
     kinds = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
-    return type(t).__name__ == 'FakeTensor' or bool(kinds & {'FakeTensorMode', 'ProxyTorchDispatchMode'})
+    return (any(type(t).__torch_dispatch__ is not _own_numbers for t in tensors)
+            or bool(kinds & {'FakeTensorMode', 'ProxyTorchDispatchMode'}))
+
+_own_numbers = torch.Tensor.__torch_dispatch__
 
 # %% ../../nbs/losses/00_contract.ipynb #67123a19
 def without_graph(
