@@ -13,7 +13,8 @@ __version__ = "0.1.0"
 
 # %% ../nbs/lab/00_extras.ipynb #c7610de3
 EXTRAS = {             # modules that an extra brings
-    'lab': 'numpy torchvision lightning_fabric sklearn scipy pandas matplotlib seaborn safetensors tqdm typer PIL pooch'.split(),
+    'lab': 'numpy torchvision lightning_fabric sklearn scipy pandas matplotlib seaborn safetensors tqdm '
+           'typer PIL pooch'.split(),
     'metric': ['pytorch_metric_learning'],
 }
 
@@ -25,7 +26,8 @@ def extra_of(
 
 # %% ../nbs/lab/00_extras.ipynb #af61f80d
 class LastFinder:
-    "Asked after all other finders have failed: a module that relkd wants and an extra brings is said in one line."
+    """Asked after all other finders have failed:
+    a module that relkd wants and an extra brings is said in one line."""
 
     @staticmethod
     def find_spec(name, path=None, target=None): # as the import system calls it
@@ -33,9 +35,11 @@ class LastFinder:
         while asks and asks.f_globals.get('__name__', '').startswith('importlib.'): asks = asks.f_back
         who, extra = asks.f_globals.get('__name__', '') if asks else '', extra_of(name)
         if extra and (who == __name__ or who.startswith(f'{__name__}.')):
-            raise ModuleNotFoundError(f"{who} needs {name.split('.')[0]}: pip install \"relkd[{extra}]\"", name=name)
+            raise ModuleNotFoundError(f"{who} needs {name.split('.')[0]}: pip install \"relkd[{extra}]\"",
+                                      name=name)
 
-if not any(getattr(f, '__name__', '') == 'LastFinder' for f in sys.meta_path): sys.meta_path.append(LastFinder)
+if not any(getattr(f, '__name__', '') == 'LastFinder' for f in sys.meta_path):
+    sys.meta_path.append(LastFinder)
 
 # %% ../nbs/lab/00_extras.ipynb #33ffa124
 def __getattr__(name):

@@ -32,7 +32,8 @@ def save_checkpoint(
     part_size:int=None,  # bytes of a part at most; one part by default
     about:dict=None,     # whatever else the manifest shall say
 ):
-    "Write a checkpoint in parts with a manifest; the one before it stays. Raises ValueError if it cannot be written."
+    """Write a checkpoint in parts with a manifest; the one before it stays.
+    Raises ValueError if it cannot be written."""
     path, buffer, parts = Path(path), io.BytesIO(), []
     torch.save(state, buffer)
     content = buffer.getbuffer()
@@ -62,7 +63,8 @@ def _drop_unnamed(path, before):
 # %% ../nbs/lab/20_checkpoints.ipynb #d8106222
 def _is_part(p):
     kinds = {'name': str, 'bytes': int, 'sha256': str}
-    return isinstance(p, dict) and all(isinstance(p.get(k), t) for k, t in kinds.items()) and Path(p['name']).name == p['name']
+    return isinstance(p, dict) and all(isinstance(p.get(k), t)
+                                       for k, t in kinds.items()) and Path(p['name']).name == p['name']
 
 def manifest_of(
     path,
@@ -86,15 +88,16 @@ def read_checkpoint(
     if manifest is None:
         raise BadCheckpoint(f"{path.name} is damaged (no manifest)")
     if manifest['digest'] != digest:
-        raise BadCheckpoint(f"{path.name} belongs to another run ({manifest['digest']}; this one is {digest})")
+        raise BadCheckpoint(f"{path.name} belongs to another run ({manifest['digest']}; this one is "
+                            f"{digest})")
     for p in manifest['parts']:
         try:
             piece = (path.parent / p['name']).read_bytes()
         except OSError:
             raise BadCheckpoint(f"{path.name} is incomplete (part {p['name']} is missing)") from None
         if hashlib.sha256(piece).hexdigest() != p['sha256']:
-            raise BadCheckpoint(f"{path.name} is damaged (part {p['name']} has {len(piece)} bytes and another hash; "
-                                f"{p['bytes']} were written)")
+            raise BadCheckpoint(f"{path.name} is damaged (part {p['name']} has {len(piece)} bytes and "
+                                f"another hash; {p['bytes']} were written)")
         pieces.append(piece)
     try:
         return torch.load(io.BytesIO(b''.join(pieces)), map_location='cpu', weights_only=True)
@@ -144,7 +147,8 @@ def hold(
         except OSError:
             f.seek(0)
             who = f.read().strip() or 'unknown'
-            raise ValueError(f"another run (process {who}) is at work in {folder}: wait for it, or name another --out") from None
+            raise ValueError(f"another run (process {who}) is at work in {folder}: wait for it, or name "
+                             "another --out") from None
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()

@@ -24,21 +24,26 @@ from .cli_words import numbers, seconds, setting, size
 def _home(path:Optional[str]): # '~' as the shell reads it, also behind an =
     return os.path.expanduser(path) if isinstance(path, str) else path
 
-app = typer.Typer(name='relkd', help='Relational knowledge distillation, derived and run again.', no_args_is_help=True,
+app = typer.Typer(name='relkd', help='Relational knowledge distillation, derived and run again.',
+                  no_args_is_help=True,
                   add_completion=False, pretty_exceptions_enable=False)
-OUT = typer.Option('figures', callback=_home, help='Folder of records, tables and figures; checkpoints lie in its .runs.')
+OUT = typer.Option('figures', callback=_home,
+                   help='Folder of records, tables and figures; checkpoints lie in its .runs.')
 DEVICE = typer.Option('auto', help="'auto', 'cpu' or 'cuda'.")
 PRECISION = typer.Option(None, help="'32' or 'bf16'; else the recipe's, else bf16 on a GPU and 32 on a CPU.")
 DATA = typer.Option(None, callback=_home, help='Folder of the data; else RELKD_DATA, else .data.')
-ROWS = typer.Option(None, help="Only these rows, separated by commas, beside the one that differences are taken to: 'RKD-D,HKD'.")
+ROWS = typer.Option(None, help="Only these rows, separated by commas, beside the one that differences are "
+                               "taken to: 'RKD-D,HKD'.")
 SEEDS = typer.Option(None, help="Only these seeds: '0', '0,3', '0-4'.")
 SHOTS = typer.Option(None, help="Few-shot: only these shots: '1', '1,5'.")
 EPOCHS = typer.Option(None, help='The schedule cut to so many epochs, in proportion.')
 SET = typer.Option(None, '--set', help="Change a value: 'schedule.lr=.05'. May be given several times.")
-NAME = typer.Argument(help='Name of a recipe (`relkd recipes` lists them), or a Python file that defines one.')
+NAME = typer.Argument(help='Name of a recipe (`relkd recipes` lists them), or a Python file that '
+                           'defines one.')
 
 # %% ../nbs/lab/40_cli.ipynb #54c7ef6c
-def _wanted(name, rows=None, seeds=None, epochs=None, shots=None, settings=None, device='auto', precision=None):
+def _wanted(name, rows=None, seeds=None, epochs=None, shots=None, settings=None, device='auto',
+            precision=None):
     "The recipe, reduced; whatever can be said without torch is said before it is imported."
     changes, seeds = [setting(s) for s in settings or []], numbers(seeds) if seeds is not None else None
     shots = numbers(shots, '--shots') if shots is not None else None
@@ -52,7 +57,8 @@ def _wanted(name, rows=None, seeds=None, epochs=None, shots=None, settings=None,
     r = recipe(name)
     for path, value in changes:
         r = r.with_value(path, value)
-    return r.reduced(rows.split(',') if rows is not None else None, seeds, epochs, **({'shot': shots} if shots else {}))
+    return r.reduced(rows.split(',') if rows is not None else None, seeds, epochs,
+                     **({'shot': shots} if shots else {}))
 
 def _known(name):
     from relkd.catalogue import known_recipes
@@ -78,8 +84,9 @@ def _run(recipe, session, budget=None):
             run_recipe(recipe, session)
     except (Stopped, KeyboardInterrupt) as error:
         why = str(error) or 'SIGINT'
-        print(f'\nrelkd: stopped ({why}); {len(session.records)} of {recipe.runs} runs are finished and kept in {session.out}, '
-              'the rest is at a checkpoint: the same command goes on from there', file=sys.stderr)
+        print(f'\nrelkd: stopped ({why}); {len(session.records)} of {recipe.runs} runs are finished and kept '
+              f'in {session.out}, the rest is at a checkpoint: the same command goes on from there',
+              file=sys.stderr)
         raise typer.Exit({'budget': 0, 'SIGTERM': 143}.get(why, 130))
     print()
     print(as_text(draw(recipe, session.out)))
@@ -96,13 +103,16 @@ def _committed():
 
 @app.command()
 def demo(
-    out:str=typer.Option('.demo', callback=_home, help='Folder of records, table and figure; git ignores it in a checkout.'),
+    out:str=typer.Option('.demo', callback=_home,
+                         help='Folder of records, table and figure; git ignores it in a checkout.'),
     device:str=DEVICE,
 ):
-    "Teach students on real handwritten digits: the RKD paper's rows, eight seeds, about two minutes on two CPU cores."
+    """Teach students on real handwritten digits:
+    the RKD paper's rows, eight seeds, about two minutes on two CPU cores."""
     recipe = _wanted('digits', device=device)
     session = _session(out, device)
-    if 'OMP_NUM_THREADS' not in os.environ:        # networks this small: several threads wait for each other more than they compute
+    # networks this small: several threads wait for each other more than they compute
+    if 'OMP_NUM_THREADS' not in os.environ:
         import torch
         torch.set_num_threads(1)
     _run(recipe, session)
@@ -111,9 +121,11 @@ def demo(
     from relkd.records import load_records
     from relkd.tables.paired import agreement
     print('\nbeside the committed records:')
-    for row, _, mine, theirs, half, agree in agreement(session.records, load_records(folder, 'digits'), recipe):
+    for row, _, mine, theirs, half, agree in agreement(session.records,
+                                                       load_records(folder, 'digits'), recipe):
         verdict = 'agrees' if agree else 'DIFFERS by more than its interval'
-        print(f'{row:16} {mine:6.2f} here, {theirs:6.2f} committed, difference {mine - theirs:+.2f} ± {half:.2f}: {verdict}')
+        print(f'{row:16} {mine:6.2f} here, {theirs:6.2f} committed, difference {mine - theirs:+.2f} ± '
+              f'{half:.2f}: {verdict}')
 
 # %% ../nbs/lab/40_cli.ipynb #939324fc
 @app.command()
@@ -121,8 +133,10 @@ def run(
     name:str=NAME, rows:Optional[str]=ROWS, seeds:Optional[str]=SEEDS, shots:Optional[str]=SHOTS,
     epochs:Optional[int]=EPOCHS, settings:Optional[List[str]]=SET,
     budget:Optional[str]=typer.Option(None, help="Stop at a checkpoint within this time: '9m', '1h30m'."),
-    part_size:Optional[str]=typer.Option(None, help="Write checkpoints in parts of at most this size: '15M'."),
-    replace:bool=typer.Option(False, '--replace', help='Write over records of another protocol that lie in OUT.'),
+    part_size:Optional[str]=typer.Option(None,
+                                         help="Write checkpoints in parts of at most this size: '15M'."),
+    replace:bool=typer.Option(False, '--replace',
+                              help='Write over records of another protocol that lie in OUT.'),
     precision:Optional[str]=PRECISION, data:Optional[str]=DATA, out:str=OUT, device:str=DEVICE,
 ):
     "Run what is missing of a recipe, then draw its table. Stopped at any moment, the same command goes on."
@@ -143,7 +157,8 @@ def table(
     frame = summary(wanted, out)[0] if closed else draw(wanted, out)
     print(as_text(frame) + (f'\n\ncut down: {wanted.cut}' if wanted.cut else ''))
     if closed:
-        print(f'relkd: {out} cannot be written to: the table is printed, .csv and .png are not drawn again', file=sys.stderr)
+        print(f'relkd: {out} cannot be written to: the table is printed, .csv and .png are not drawn again',
+              file=sys.stderr)
     records = load_records(out, wanted.name)
     for line in (*lacking(records), *diverged(records)):
         print(f'relkd: {line}', file=sys.stderr)
@@ -152,9 +167,12 @@ def table(
 @app.command()
 def publish(
     name:str=NAME,
-    weights:str=typer.Option('weights', callback=_home, help='Folder that the weights and their manifests are written into.'),
-    rows:Optional[str]=ROWS, seeds:Optional[str]=SEEDS, shots:Optional[str]=SHOTS, epochs:Optional[int]=EPOCHS,
-    settings:Optional[List[str]]=SET, precision:Optional[str]=PRECISION, data:Optional[str]=DATA, out:str=OUT, device:str=DEVICE,
+    weights:str=typer.Option('weights', callback=_home,
+                             help='Folder that the weights and their manifests are written into.'),
+    rows:Optional[str]=ROWS, seeds:Optional[str]=SEEDS, shots:Optional[str]=SHOTS,
+    epochs:Optional[int]=EPOCHS,
+    settings:Optional[List[str]]=SET, precision:Optional[str]=PRECISION, data:Optional[str]=DATA, out:str=OUT,
+    device:str=DEVICE,
 ):
     "Publish the teacher and the best student of a finished recipe in float16, tested after the rounding."
     wanted = _wanted(name, rows, seeds, epochs, shots, settings, device, precision)
@@ -174,7 +192,8 @@ def teacher_check(
     network:Optional[str]=typer.Option(None, help="Its name, such as resnet32x4; else the one that fits."),
     data:Optional[str]=typer.Option(None, help='Data set that it is tested on; else it is not tested.'),
     root:Optional[str]=typer.Option(None, help='Folder of the data; else RELKD_DATA, else .data.'),
-    inputs:Optional[str]=typer.Option(None, help="What it was fed: 'kuangliu cifar10', or '((means), (deviations))'; else the data's own."),
+    inputs:Optional[str]=typer.Option(None, help="What it was fed: 'kuangliu cifar10', or '((means), "
+                                                 "(deviations))'; else the data's own."),
     accuracy:Optional[float]=typer.Option(None, help='Per cent on the test images, as its owner states it.'),
     prefix:str=typer.Option('', help="Only what stands behind it: 'student.'."),
     renames:str=typer.Option('', help="Whose names: 'RepDistiller vgg', ...; else whatever fits."),
@@ -207,7 +226,8 @@ def bench(
     what:str=typer.Argument('losses', help="'losses', or 'precision': training in float32 against bf16."),
     out:str=OUT,
 ):
-    "Time the losses against the usual code, or float32 against bf16, in turn; the records are in OUT/records/bench."
+    """Time the losses against the usual code, or float32 against bf16, in turn;
+    the records are in OUT/records/bench."""
     if what not in ('losses', 'precision'):
         raise ValueError(f"bench takes 'losses' or 'precision'; got {what!r}")
     from relkd.ground import check_writable
@@ -226,7 +246,8 @@ def profile(
     print(profile_text(profile_recipe(wanted, _session(out, device, precision, data=data), steps)))
 
 # %% ../nbs/lab/40_cli.ipynb #0bb3d84b
-data_app = typer.Typer(help='List the data that are there, or fetch some.', invoke_without_command=True, no_args_is_help=False)
+data_app = typer.Typer(help='List the data that are there, or fetch some.', invoke_without_command=True,
+                       no_args_is_help=False)
 app.add_typer(data_app, name='data')
 
 def _counts(d):
@@ -255,7 +276,8 @@ def _heard():
     signal.signal(signal.SIGTERM, stop)
 
 @data_app.command()
-def get(context:typer.Context, name:str=typer.Argument(help='cifar10, cifar100, tinyimagenet, omniglot, ...'), data:Optional[str]=DATA):
+def get(context:typer.Context, name:str=typer.Argument(help='cifar10, cifar100, tinyimagenet, omniglot, ...'),
+        data:Optional[str]=DATA):
     "Fetch a data set from its publisher."
     from relkd.data import fetch
     _heard()
@@ -264,7 +286,8 @@ def get(context:typer.Context, name:str=typer.Argument(help='cifar10, cifar100, 
 # %% ../nbs/lab/40_cli.ipynb #2af6fff5
 @data_app.command('import')
 def import_(
-    context:typer.Context, folder:str=typer.Argument(help='With train/CLASS/*.png, and test/ or val/ likewise.'),
+    context:typer.Context,
+    folder:str=typer.Argument(help='With train/CLASS/*.png, and test/ or val/ likewise.'),
     name:str=typer.Argument(help='Of the new data set.'),
     size:Optional[int]=typer.Option(None, min=1, help='Height and width that all images are brought to.'),
     grey:bool=typer.Option(False, '--grey', help='One channel.'), data:Optional[str]=DATA,
@@ -282,7 +305,8 @@ def _version(wanted:bool):
         raise typer.Exit()
 
 @app.callback()
-def options(version:bool=typer.Option(False, '--version', callback=_version, is_eager=True, help='Print the version.')):
+def options(version:bool=typer.Option(False, '--version', callback=_version, is_eager=True,
+                                      help='Print the version.')):
     "Relational knowledge distillation, derived and run again."
 
 def main():

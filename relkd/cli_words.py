@@ -13,7 +13,8 @@ from itertools import islice
 # %% ../nbs/lab/39_cli_words.ipynb #8ce325f7
 def seconds(text:str) -> float:
     "'90', '90s', '9m', '1h30m' as seconds. Raises ValueError otherwise."
-    m = re.fullmatch(r'(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?', text.strip().lower())
+    m = re.fullmatch(r'(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?',
+                     text.strip().lower())
     if not text.strip() or not m:
         raise ValueError(f"--budget takes a time like 90s, 9m or 1h30m; got {text!r}")
     return sum(float(v or 0) * unit for v, unit in zip(m.groups(), (3600, 60, 1)))

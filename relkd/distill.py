@@ -24,8 +24,9 @@ from .tasks.task import Task
 # %% ../nbs/lab/03_distill.ipynb #e17a2f8a
 @dataclass(frozen=True)
 class Term:
-    "One summand of a method: `weight` times a loss between two layers. Raises ValueError for an unknown loss."
-    loss:object             # name in relkd.losses ('RKDAngle'), or a class, or a function of (student, teacher)
+    """One summand of a method: `weight` times a loss between two layers.
+    Raises ValueError for an unknown loss."""
+    loss:object  # name in relkd.losses ('RKDAngle'), or a class, or a function of (student, teacher)
     weight:float=1.         # of this term
     student:str='fc:input'  # layer of the student, or a tuple of layers
     teacher:str='fc:input'  # layer of the teacher, or a tuple of layers
@@ -36,13 +37,16 @@ class Term:
             if self.loss not in losses.__all__:
                 raise ValueError(nearest('loss', self.loss, losses.__all__))
         elif not callable(self.loss) or isinstance(self.loss, nn.Module):
-            raise ValueError(f"a term's loss is a name in relkd.losses, a class or a function; got {self.loss!r}")
+            raise ValueError("a term's loss is a name in relkd.losses, a class or a function; got "
+                             f"{self.loss!r}")
 
     @property
-    def name(self) -> str: return self.loss if isinstance(self.loss, str) else getattr(self.loss, '__name__', type(self.loss).__name__)
+    def name(self) -> str:
+        return self.loss if isinstance(self.loss, str) else getattr(self.loss, '__name__',
+                                                                    type(self.loss).__name__)
 
     def build(self,
-        student=None, # an example of what the loss will be given, a tensor or a list: for trainable parts with shapes
+        student=None, # an example of what the loss will be given: for trainable parts with shapes
         teacher=None, # likewise
         labels=None,  # (n,) of all training samples: for a loss that remembers each of them
     ) -> nn.Module: # with its own trainable parts, if it has any
@@ -71,11 +75,13 @@ class Row:
     terms:tuple=()   # of Term
     task:float=1.    # weight of the task's own loss; at 0 it is not computed
     before:tuple=()  # of Stage
-    changes:dict=field(default_factory=dict, metadata={'later': True}) # of the task, for this row alone: {'l2': True}
+    # of the task, for this row alone: {'l2': True}
+    changes:dict=field(default_factory=dict, metadata={'later': True})
 
     def __post_init__(self):
         if not self.task and not self.terms:
-            raise ValueError(f"row {self.name!r} has neither terms nor the task's own loss: it would learn nothing")
+            raise ValueError(f"row {self.name!r} has neither terms nor the task's own loss: it would "
+                             "learn nothing")
 
     @property
     def all_terms(self) -> tuple: return (*self.terms, *(t for s in self.before for t in s.terms))
@@ -83,11 +89,13 @@ class Row:
     def learns(self,
         task:Task, # of the recipe
     ) -> Task:
-        "The task as this row learns it. Raises ValueError for a change that the task does not leave to a row."
+        """The task as this row learns it. Raises ValueError for a change
+        that the task does not leave to a row."""
         for name in self.changes:
             if name not in task.of_a_row:
                 left = ', '.join(task.of_a_row) or 'nothing'
-                raise ValueError(f"row {self.name!r} changes {name!r} of {type(task).__name__}, which leaves {left} to its rows")
+                raise ValueError(f"row {self.name!r} changes {name!r} of {type(task).__name__}, which leaves "
+                                 f"{left} to its rows")
         return replace(task, **self.changes)
 
     def in_words(self,
@@ -163,7 +171,8 @@ def _keys(terms): # of modules, one for each term
 
 # %% ../nbs/lab/03_distill.ipynb #8d3c657d
 class Objective(nn.Module):
-    "The objective of one student: `row.task` times the task's loss plus the row's terms; in a stage before, its terms alone."
+    """The objective of one student: `row.task` times the task's loss plus the row's terms;
+    in a stage before, its terms alone."""
     def __init__(self,
         row:Row,
         task:Task=Task(), # by default the cross-entropy of classification
@@ -198,7 +207,8 @@ class Objective(nn.Module):
         if stage is None and self.row.task:
             total = self.row.task * self.task.loss(student['logits'], labels)
         for key, term in [(self._keys[k], self.row.all_terms[k]) for k in _terms_of(self.row, stage)]:
-            loss, s, t = self.losses[key], _pick(student, term.student), teacher.part(self.losses[key], term.teacher)
+            loss, s, t = (self.losses[key], _pick(student, term.student),
+                          teacher.part(self.losses[key], term.teacher))
             total = total + term.weight * (loss if stage is None else loss.prepare)(s, t, index=index)
         return total
 
@@ -217,13 +227,15 @@ def starting_weights(
     share:float=1.,    # how hard each term shall pull, in units of the cross-entropy's pull
     seed:int=0,        # of the losses' own parameters
 ) -> list: # of Term with the weight of equal pull; infinite for one without a gradient
-    """Weights to start a search from: each term pulls `share` times as hard as the cross-entropy on the student's
+    """Weights to start a search from: each term pulls `share` times as hard as the cross-entropy on the
+    student's
     trainable parameters. Raises ValueError where all are frozen."""
     objectives = [Objective(Row(str(t), (replace(t, weight=1.),), task=0.)) for t in terms]
     student, norms = copy.deepcopy(student), []
     parameters = [p for p in student.parameters() if p.requires_grad]
     if not parameters:
-        raise ValueError("no term can pull at this student: every parameter is frozen; give some of them requires_grad_(True)")
+        raise ValueError("no term can pull at this student: every parameter is frozen; give some of them "
+                         "requires_grad_(True)")
     read = Features(student, _all(o.student_layers for o in objectives))
     of = Features(teacher, _all(o.teacher_layers for o in objectives))
     with learning(student), evaluating(teacher):
@@ -234,7 +246,8 @@ def starting_weights(
                 torch.manual_seed(seed)
                 for o in objectives:
                     if not o.losses:
-                        o.build({k: v[:2] for k, v in s.items()}, {k: v[:2] for k, v in t.items()}, labels).to(x.device)
+                        o.build({k: v[:2] for k, v in s.items()}, {k: v[:2] for k, v in t.items()},
+                                labels).to(x.device)
             pulls = [_norm(o(s, Look(t), y, index), parameters) for o in objectives]
             norms.append([_norm(F.cross_entropy(s['logits'], y), parameters), *pulls])
     ce, *of_terms = torch.tensor(norms).mean(0).tolist()

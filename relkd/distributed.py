@@ -29,8 +29,9 @@ def _rows(tensors, group): # -> a list for each tensor: the number of its rows i
     rows, lengths = torch.stack(sizes).permute(2, 1, 0).tolist()
     for k, length in enumerate(lengths):
         if len(set(length)) > 1:
-            raise ValueError(f"gather needs rows of one length in all processes; got {length} numbers a row in "
-                             f"tensor {k}: the processes read different layers, or images of different sizes")
+            raise ValueError(f"gather needs rows of one length in all processes; got {length} numbers "
+                             f"a row in tensor {k}: the processes read different layers, or images of "
+                             "different sizes")
     return rows
 
 def _filled(t, rows, group): # -> (sum of rows, ...)
@@ -62,7 +63,8 @@ def _each(x, f):
     "`f` of every tensor in lists, tuples and dictionaries; None stays."
     if isinstance(x, torch.Tensor):
         if x.dim() == 0:
-            raise ValueError("gather takes tensors with a sample a row, (n, ...); got a tensor of 0 dimensions")
+            raise ValueError("gather takes tensors with a sample a row, (n, ...); got a tensor of 0 "
+                             "dimensions")
         return f(x)
     if isinstance(x, Mapping):
         return {k: _each(v, f) for k, v in x.items()}
@@ -73,11 +75,12 @@ def _each(x, f):
     raise ValueError(f"gather takes tensors, and lists and dictionaries of them; got {type(x).__name__}")
 
 def gather(
-    x,          # (n, ...) tensor; or a list, a tuple or a dictionary of such; n may differ from process to process
+    x,     # (n, ...) tensor; or a list, a tuple or a dictionary of such; n may differ from process to process
     *more,      # likewise
     group=None, # of torch.distributed; None: all processes
 ): # the same with the rows of all processes, in their order; with `more` a tuple. Alone: what was given
-    """The whole batch of all processes, through which gradients flow back. All of them have to call it, equally often.
+    """The whole batch of all processes, through which gradients flow back.
+    All of them have to call it, equally often.
     Raises ValueError for what is no tensor, and for rows that differ in length."""
     x = (x, *more) if more else x
     if _number(group) == 1:
@@ -120,5 +123,6 @@ class Gathered(_Loss):
         if n > 1 and sums:
             of_all = gather(torch.stack(sums)[None], group=self.group)
             if not torch.equal(of_all.nan_to_num(), of_all[:1].nan_to_num().expand_as(of_all)):
-                raise ValueError(f"{type(self.loss).__name__}'s own parameters differ between the processes and would "
-                                 "train apart: put the loss into the module that DistributedDataParallel wraps")
+                raise ValueError(f"{type(self.loss).__name__}'s own parameters differ between the processes "
+                                 "and would train apart: put the loss into the module that "
+                                 "DistributedDataParallel wraps")

@@ -20,7 +20,8 @@ def _heads(source): # of a class, cleaned of its indentation
         if name is None:
             continue
         head.append(t)
-        depth += (t.string in '([{' if t.type == tokenize.OP else 0) - (t.string in ')]}' if t.type == tokenize.OP else 0)
+        depth += (t.string in '([{' if t.type == tokenize.OP else 0) - (t.string in ')]}'
+                                                                        if t.type == tokenize.OP else 0)
         if t.string == ':' and depth == 0:
             head += [n for n in tokens[k + 1:k + 2] if n.type == tokenize.COMMENT]
             yield name, head
@@ -42,7 +43,8 @@ def _lines(head):
                 closed = closed or depth == 0
             elif t.string == '->':
                 names = []
-            elif t.type == tokenize.NAME and depth == 1 and before in ('(', ',', '*', '**') and t.string != 'self':
+            elif t.type == tokenize.NAME and depth == 1 and before in ('(', ',', '*',
+                                                                       '**') and t.string != 'self':
                 names.append(before * (before in ('*', '**')) + t.string)
             before = t.string
     return said

@@ -44,8 +44,8 @@ def _check(teacher):
         raise ValueError(f"teacher row {bad[0]} holds NaN or infinity{_more(bad)}: "
                          "embed the sample again, or leave it out of array and data")
     if zero:
-        raise ValueError(f"teacher row {zero[0]} is all zeros{_more(zero)}, as of a sample that was never embedded: "
-                         "embed it, or leave it out of array and data")
+        raise ValueError(f"teacher row {zero[0]} is all zeros{_more(zero)}, as of a sample that was never "
+                         "embedded: embed it, or leave it out of array and data")
     if len(first) == 1:
         raise ValueError(f"all {len(teacher)} teacher rows are equal: they have no relations to teach")
     if repeated:
@@ -79,7 +79,8 @@ class Embeddings:
             e = self.rows[index.to(self.rows.device) if isinstance(index, torch.Tensor) else index]
         else:
             if isinstance(index, torch.Tensor): index = index.cpu().numpy()
-            e = torch.from_numpy(np.array(self.rows[index]).astype(self.rows.dtype.newbyteorder('='), copy=False))
+            e = torch.from_numpy(
+                np.array(self.rows[index]).astype(self.rows.dtype.newbyteorder('='), copy=False))
         return e.float() if e.dtype.itemsize < 4 else e
 
 
@@ -94,11 +95,13 @@ def cached_backward(
     student,  # nn.Module: a micro-batch -> its embeddings (n, D), or maps (n, C, H, W)
     loss,     # any loss of relkd.losses, or a function: called with (student's embeddings, teacher)
     batches,  # micro-batches, each what `student` takes
-    teacher,  # of the joined batch, in their order, as the loss takes it: (N, D_T), or a teacher_part such as sides
+    teacher,  # of the joined batch, in its order, as the loss takes it: (N, D_T) or a teacher_part
     **more,   # handed to the loss, as `index=`
 ) -> torch.Tensor: # 0-dim: the loss of the joined batch, without a graph
-    """Add to `.grad` what `loss(student(all), teacher).backward()` would, with one micro-batch's graph alive at a time
-    (GradCache, Gao et al. 2021). Both passes see the same random numbers and buffers. Raises ValueError without a batch."""
+    """Add to `.grad` what `loss(student(all), teacher).backward()` would,
+    with one micro-batch's graph alive at a time
+    (GradCache, Gao et al. 2021). Both passes see the same random numbers and buffers.
+    Raises ValueError without a batch."""
     batches = list(batches)
     if not batches: raise ValueError("cached_backward needs at least one micro-batch; got none")
     devices = sorted({p.device for p in student.parameters() if p.is_cuda}, key=str)
@@ -108,7 +111,8 @@ def cached_backward(
         for x in batches:
             states.append(_random_states(devices))
             parts.append(student(x))
-        torch.clear_autocast_cache()    # older PyTorch: weights rounded without a graph would be used again (its issue 112583)
+        # older PyTorch: weights rounded without a graph would be used again (its issue 112583)
+        torch.clear_autocast_cache()
         for b, before in buffers: b.copy_(before)
     e = torch.cat(parts).requires_grad_()
     value = loss(e, teacher, **more)

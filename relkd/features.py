@@ -17,10 +17,12 @@ from .docs import described
 from .ground import nearest
 
 # %% ../nbs/lab/02_features.ipynb #aa6208ba
-_WRAPPERS = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module', '_original_module')
+_WRAPPERS = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module', '_forward_module',
+             '_original_module')
 
 def _plain(name):
-    "A module's name without what wrappers put into it: DataParallel, DDP, EMA, torch.compile, FSDP, checkpoints, Fabric."
+    """A module's name without what wrappers put into it:
+    DataParallel, DDP, EMA, torch.compile, FSDP, checkpoints, Fabric."""
     return '.'.join(part for part in name.split('.') if part not in _WRAPPERS)
 
 def _input(module, args, kwargs):
@@ -33,16 +35,19 @@ def _input(module, args, kwargs):
 def _tensor(layer, value):
     "The tensor that is meant: itself, the logits of an output with fields, the first tensor of a tuple."
     logits = value.get('logits') if isinstance(value, Mapping) else getattr(value, 'logits', None)
-    first = next((v for v in value if isinstance(v, torch.Tensor)), None) if isinstance(value, tuple) else None
+    first = (next((v for v in value if isinstance(v, torch.Tensor)), None)
+             if isinstance(value, tuple) else None)
     for t in (value, logits, first):
         if isinstance(t, torch.Tensor):
             return t
     fields = f" of {', '.join(map(str, value))}" if isinstance(value, Mapping) else ''
-    raise ValueError(f"layer {layer!r} gives a {type(value).__name__}{fields}, not a tensor: read a layer inside it")
+    raise ValueError(f"layer {layer!r} gives a {type(value).__name__}{fields}, not a tensor: read a layer "
+                     "inside it")
 
 # %% ../nbs/lab/02_features.ipynb #d12e0761
 def _seen(t):
-    "A tensor and its version, None while a graph is traced. An inference tensor has none: a copy that has one."
+    """A tensor and its version, None while a graph is traced.
+    An inference tensor has none: a copy that has one."""
     if torch.compiler.is_compiling():
         return t, None
     if t.is_inference():
@@ -74,7 +79,8 @@ def _found(model, layers):
             continue
         if name is None:
             wanted = layer.removesuffix(':input')
-            raise ValueError(nearest(f'layer of {type(model).__name__}', wanted, ['logits', *reversed(plain)]))
+            raise ValueError(nearest(f'layer of {type(model).__name__}', wanted,
+                                     ['logits', *reversed(plain)]))
         if isinstance(modules[name], torch.jit.ScriptModule):
             raise ValueError(f"layer {layer!r} is TorchScript, which does not show its inside: "
                              "read 'logits', or load its state_dict() into a network of Python")
@@ -114,8 +120,8 @@ class _Reading(nn.Module):
             t = _tensor(layer, value)
             recorded = torch.is_grad_enabled() if recorded is None else recorded
             if graph and not recorded and any(p.requires_grad for p in self.model.parameters()):
-                raise ValueError(f"layer {layer!r} ran where gradients are off, so a loss on it would teach nothing: "
-                                 "checkpoint with use_reentrant=False, take it out of no_grad(), "
+                raise ValueError(f"layer {layer!r} ran where gradients are off, so a loss on it would teach "
+                                 "nothing: checkpoint with use_reentrant=False, take it out of no_grad(), "
                                  "or for a teacher call the whole network under no_grad()")
             found[layer].append(_seen(t))
 
@@ -136,12 +142,13 @@ class _Reading(nn.Module):
 # %% ../nbs/lab/02_features.ipynb #48fc310c
 @described
 class Features(_Reading):
-    "A network and the layers to read of it: calling it returns `{name: tensor}`. The network itself is not changed."
+    """A network and the layers to read of it: calling it returns `{name: tensor}`.
+    The network itself is not changed."""
     def __init__(self,
         model:nn.Module,   # any network, also wrapped or compiled
-        layers,            # names: 'logits', a module's ('layer2.0.conv1'), or one with ':input' for what goes into it
-        frozen:bool=False, # a teacher: in evaluation mode and without gradients from now on, whatever a parent does
-        gather=False,      # True: the rows of all processes, by `relkd.distributed.gather`; or a function of the dictionary
+        layers,   # names: 'logits', a module's ('layer2.0.conv1'), or one with ':input' for what goes into it
+        frozen:bool=False, # a teacher: in evaluation mode, without gradients, whatever a parent does
+        gather=False,      # True: rows of all processes (`distributed.gather`); or a function of the dict
     ):
         super().__init__(model, layers, frozen)
         if not isinstance(gather, bool) and not callable(gather):
@@ -159,7 +166,7 @@ class Features(_Reading):
 
     def forward(self,
         *args, **kwargs # of the network
-    ) -> dict: # layer -> tensor. Raises ValueError for a layer that ran not once, without a graph, or was overwritten
+    ) -> dict: # layer -> tensor. Raises ValueError for a layer not run once, without graph, or overwritten
         "One pass of the network; its layers by name."
         if not self.frozen:
             read = self._read(*args, **kwargs)

@@ -63,7 +63,8 @@ def write_atomically(
     content:bytes,
     option:str='', # what names the folder, for the error: '--out'
 ):
-    "Write a file whole or not at all, making its folder. Raises ValueError if the folder cannot be written to."
+    """Write a file whole or not at all, making its folder.
+    Raises ValueError if the folder cannot be written to."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -81,7 +82,8 @@ def write_atomically(
     except OSError as error:
         advice = f' with {option}' if option else ''
         reason = error.strerror or error
-        raise ValueError(f"cannot write {path}: {reason}; name a folder that can be written to{advice}") from error
+        raise ValueError(
+            f"cannot write {path}: {reason}; name a folder that can be written to{advice}") from error
 
 # %% ../nbs/lab/00_ground.ipynb #2f065daf
 def check_writable(

@@ -29,11 +29,13 @@ def reduce_proxies(
 # %% ../nbs/lab/06_heads.ipynb #ae81150c
 def _unit(e):
     length = e.norm(dim=1, keepdim=True)
-    return e / length.masked_fill(length <= 1e-8, float('inf'))    # a zero vector has no direction, and no gradient
+    # a zero vector has no direction, and no gradient
+    return e / length.masked_fill(length <= 1e-8, float('inf'))
 
 # %% ../nbs/lab/06_heads.ipynb #3139b64b
 class CosineLinear(nn.Module):
-    """Linear layer on the unit sphere: cosines of the embedding with the classes' proxies, times a learned scale.
+    """Linear layer on the unit sphere: cosines of the embedding with the classes' proxies,
+    times a learned scale.
     Hou et al. 2019, Sec. 3.2."""
     def __init__(self,
         in_features:int,      # D of the embedding
@@ -45,7 +47,8 @@ class CosineLinear(nn.Module):
         super().__init__()
         if min(in_features, out_features, nb_proxy) < 1:
             raise ValueError("CosineLinear needs at least one feature, class and proxy; "
-                             f"got in_features = {in_features}, out_features = {out_features}, nb_proxy = {nb_proxy}")
+                             f"got in_features = {in_features}, out_features = {out_features}, nb_proxy = "
+                             f"{nb_proxy}")
         self.in_features, self.out_features = in_features, out_features
         self.nb_proxy, self.to_reduce = nb_proxy, to_reduce
         self.weight = nn.Parameter(torch.empty(out_features * nb_proxy, in_features))
@@ -69,5 +72,5 @@ class CosineLinear(nn.Module):
         return z if self.sigma is None else self.sigma.to(z.dtype) * z
 
     def extra_repr(self):
-        return (f'in_features={self.in_features}, out_features={self.out_features}, nb_proxy={self.nb_proxy}, '
-                f'to_reduce={self.to_reduce}, sigma={self.sigma is not None}')
+        return (f'in_features={self.in_features}, out_features={self.out_features}, '
+                f'nb_proxy={self.nb_proxy}, to_reduce={self.to_reduce}, sigma={self.sigma is not None}')

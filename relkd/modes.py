@@ -46,7 +46,8 @@ def _is_frozen(module):
 def learning(
     *networks:nn.Module,
 ):
-    """In training mode for a while, then `as_they_were`. In evaluation stay: what is frozen whole, and what was in
+    """In training mode for a while, then `as_they_were`.
+    In evaluation stay: what is frozen whole, and what was in
     evaluation inside a network in training."""
     with as_they_were(*networks):
         for net in networks:

@@ -47,7 +47,8 @@ def _titled(fig, title, width, fontsize=10):
 MARK = {'fmt': 'D', 'ms': 6, 'mec': 'black', 'ecolor': 'black', 'capsize': 3, 'zorder': 5}
 
 def _runs(records, frame, base, title):
-    "Left: every run, mean and deviation. Right: difference to the base row, seed by seed, with its 95 % interval."
+    """Left: every run, mean and deviation.
+    Right: difference to the base row, seed by seed, with its 95 % interval."""
     from matplotlib.figure import Figure
     test = frame.index[0][0]
     frame, last = frame.loc[test], _by_row(records, test)
@@ -76,7 +77,8 @@ def _runs(records, frame, base, title):
 
 # %% ../nbs/lab/35_plots.ipynb #883cc51c
 def _one_test(ax, rows, frame, last, base, colours):
-    "Differences of one test: seeds as dots, the mean with both its intervals, the paper's difference as a cross."
+    """Differences of one test: seeds as dots, the mean with both its intervals,
+    the paper's difference as a cross."""
     for k, row in enumerate(rows):
         if row not in frame.index or np.isnan(frame.loc[row, 'difference']):
             continue
@@ -113,7 +115,8 @@ def _tests(records, frame, base, title):
     on, thick = 'of the same seed', ''
     if frame['over_episodes'].notna().any():
         on, thick = 'on the same episodes', 'thick bar: 95 % over episodes; '
-    fig.supxlabel(f'difference to {base} {on} (points)\ndots: seeds; {thick}thin bar: 95 % over seeds{cross}', fontsize=9)
+    fig.supxlabel(f'difference to {base} {on} (points)\ndots: seeds; {thick}thin bar: 95 % over seeds{cross}',
+                  fontsize=9)
     return _titled(fig, title, int(13 * fig.get_figwidth()))
 
 def table_figure(
@@ -138,7 +141,8 @@ def curves_figure(
     fig, colours = Figure(figsize=(7, 4)), _colours(rows)
     ax = fig.subplots()
     for row in rows:
-        curves = [{e['epoch']: e['accuracy'] for e in r['epochs'] if 'accuracy' in e} for r in records if r['row'] == row]
+        curves = [{e['epoch']: e['accuracy'] for e in r['epochs'] if 'accuracy' in e}
+                  for r in records if r['row'] == row]
         if not curves:
             continue
         epochs = sorted(set.intersection(*(set(c) for c in curves)))
@@ -155,9 +159,10 @@ def curves_figure(
 # %% ../nbs/lab/35_plots.ipynb #22fd965d
 def plane(
     z:torch.Tensor,         # (n, D)
-    like:torch.Tensor=None, # (n, 2) of the same points: turn, and mirror if need be, to lie as near to these as possible
+    like:torch.Tensor=None, # (n, 2) of the same points: turned and mirrored to lie as near to these as can be
 ) -> torch.Tensor: # (n, 2): coordinates along the two directions of largest variance
-    "Principal components of one cloud of points; rotations and reflections of the plane are the only freedom that `like` uses."
+    """Principal components of one cloud of points;
+    rotations and reflections of the plane are the only freedom that `like` uses."""
     z = z.detach().cpu().double()
     z = z - z.mean(0)
     xy = z @ torch.linalg.svd(z, full_matrices=False).Vh[:2].T
@@ -183,7 +188,8 @@ def episode_figure(
     clouds:dict, # title -> (way, shot + query, D) embeddings of the same episode by different networks
     shot:int,
 ): # a matplotlib figure
-    "An episode in the plane: support as circles, queries as dots (crosses if nearest to another prototype), prototypes as stars."
+    """An episode in the plane: support as circles, queries as dots
+    (crosses if nearest to another prototype), prototypes as stars."""
     from matplotlib.figure import Figure
     fig, first = Figure(figsize=(3. * len(clouds), 3.4)), None
     for ax, (title, z) in zip(np.atleast_1d(fig.subplots(1, len(clouds))), clouds.items()):
@@ -201,7 +207,8 @@ def episode_figure(
 def distances_figure(
     clouds:dict, # title -> (way, shot + query, D) embeddings of the same episode by different networks
 ): # a matplotlib figure
-    "Distance matrices of one episode, each divided by its mean; the correlation with the first one stands above."
+    """Distance matrices of one episode, each divided by its mean;
+    the correlation with the first one stands above."""
     from matplotlib.figure import Figure
     fig, first = Figure(figsize=(2.7 * len(clouds) + .6, 3.2)), None
     axes = np.atleast_1d(fig.subplots(1, len(clouds)))

@@ -78,7 +78,8 @@ def _count_on_gpu(f):
 class _Steps:
     "Learners at the start of their main stage, and batches without end."
     def __init__(self, learners, stream, teacher, fabric):
-        self.together, self.learners, self.fabric = Together(learners, stream, teacher, fabric), learners, fabric
+        self.together, self.learners, self.fabric = (Together(learners, stream, teacher, fabric),
+                                                     learners, fabric)
         for l in learners:
             while l.stage is not None:
                 l.end_stage()
@@ -131,7 +132,8 @@ def profile_recipe(
     session:Session=None, # by default the record goes to figures/, on a GPU if there is one
     steps:int=20,         # of each kind that are timed
 ) -> dict: # the record
-    "Time the parts of a recipe's step, of one seed; nothing is trained to an end. Raises ValueError without rows."
+    """Time the parts of a recipe's step, of one seed; nothing is trained to an end.
+    Raises ValueError without rows."""
     if not recipe.rows:
         raise ValueError(f"{recipe.name} has no rows: only a recipe with students has a step to profile")
     session = session or Session()
@@ -151,12 +153,14 @@ def profile_recipe(
         batch=streams['students'].batch_size, teacher_batch=streams['teacher'].batch_size,
         step_ms=step, teacher_training_ms=training,
         calls=calls, teacher_calls=teacher_calls,
-        limits=limits, floor_ms=_floor(students, trainee, limits), hours=_hours(recipe, streams, training, step))
+        limits=limits, floor_ms=_floor(students, trainee, limits),
+        hours=_hours(recipe, streams, training, step))
 
 # %% ../nbs/lab/42_profile.ipynb #407b0b17
 def _students(e, group):
     r, seed = e.recipe, group.seeds[0]
-    learners = [Learner(e.network(r.student, group.task, seed), row, r.schedule, seed, group.task) for row in r.rows]
+    learners = [Learner(e.network(r.student, group.task, seed), row, r.schedule, seed, group.task)
+                for row in r.rows]
     teacher = e.network(r.teacher, group.task.for_teacher(), teacher_seed(group.stream))
     stream = group.task.stream(e.data, r.schedule, group.stream, teacher=False, draw=group.stream)
     return _Steps(learners, stream, teacher, e.fabric)
@@ -200,19 +204,20 @@ def profile_text(
     step, training, floor = (record[k] for k in ('step_ms', 'teacher_training_ms', 'floor_ms'))
     limits, hours = record['limits'], record['hours']
     rate, of_teacher = 1e3 * record['batch'] / step, 1e3 * record['teacher_batch'] / training
-    calls, theirs = (', '.join(f'{v:,.4g} {k}' for k, v in record[c].items()) for c in ('calls', 'teacher_calls'))
+    calls, theirs = (', '.join(f'{v:,.4g} {k}' for k, v in record[c].items())
+                     for c in ('calls', 'teacher_calls'))
     place = ''.join(f', {k} {v}' for k, v in record.get('variant', {}).items())
     how = f" in {record['precision']}" if 'precision' in record else ''
     lines = [
-        f"{record['recipe']}{place} on {record['device']}{how}: step {step:.1f} ms, {rate:,.0f} images/s through all "
-        f"students; the products alone {floor['step']:.2f} ms",
+        f"{record['recipe']}{place} on {record['device']}{how}: step {step:.1f} ms, {rate:,.0f} images/s "
+        f"through all students; the products alone {floor['step']:.2f} ms",
         f"teacher training: step {training:.1f} ms, {of_teacher:,.0f} images/s; "
         f"the products alone {floor['teacher training']:.2f} ms",
         f"a step asks for {calls}; one of the teacher's training for {theirs}",
         f"the device moves {limits['copy_GB_s']:,.0f} GB/s (read plus written) and makes "
         f"{limits['product_Tmac_s']:,.3g} T multiply-adds/s in a large product",
-        f"the whole recipe, one seed{place}, without tests and first stages: teacher {hours['teacher']:.3g} h, "
-        f"students {hours['students']:.3g} h",
+        f"the whole recipe, one seed{place}, without tests and first stages: teacher "
+        f"{hours['teacher']:.3g} h, students {hours['students']:.3g} h",
         '',
         profile_table(record).round(2).to_string(na_rep=''),
     ]

@@ -44,7 +44,8 @@ def environment(
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else cpu
     versions = {'python': platform.python_version(), 'torch': str(torch.__version__),
                 'torchvision': str(torchvision.__version__), 'numpy': numpy.__version__}
-    return {'commit': _commit(Path(relkd.__file__).resolve().parents[1]), 'device': name, 'versions': versions}
+    return {'commit': _commit(Path(relkd.__file__).resolve().parents[1]), 'device': name,
+            'versions': versions}
 
 # %% ../nbs/lab/21_records.ipynb #92815e6e
 VERSION = 2
@@ -62,7 +63,8 @@ def make_record(
     "The record of a finished run."
     seen = [e for e in epochs if 'accuracy' in e]
     best = max(seen, key=lambda e: e['accuracy']) if seen else {'accuracy': None, 'epoch': None}
-    record = {'version': VERSION, **cell, 'run': run, 'headline': headline, 'last': tests[headline]['accuracy'],
+    record = {'version': VERSION, **cell, 'run': run, 'headline': headline,
+              'last': tests[headline]['accuracy'],
               'best': best['accuracy'], 'best_epoch': best['epoch'], **cost, **environment(device),
               'tests': tests, 'protocol': protocol, 'epochs': epochs}
     return json.loads(json.dumps(record, default=str))
@@ -104,14 +106,17 @@ def upgraded(
     new['tests'] = {'top-1': {'accuracy': record['last']}}
     if 'tests' in record:                                      # few-shot
         tests, shot = record['tests'], record['shot']
-        epochs = [{('validation' if k == 'accuracy' else k): v for k, v in e.items()} for e in record['epochs']]
+        epochs = [{('validation' if k == 'accuracy' else k): v for k, v in e.items()}
+                  for e in record['epochs']]
         headline = next(iter(tests))
-        new |= {'row': record['method'], 'variant': {'shot': shot}, 'headline': headline, 'tests': tests, 'epochs': epochs,
+        new |= {'row': record['method'], 'variant': {'shot': shot}, 'headline': headline, 'tests': tests,
+                'epochs': epochs,
                 'last': tests[headline]['accuracy'], 'best': None, 'best_epoch': None}
     return new
 
 # %% ../nbs/lab/21_records.ipynb #1de8c9f4
-NEEDED = {'recipe': str, 'row': str, 'variant': dict, 'seed': int, 'run': str, 'headline': str, 'last': (int, float), 'tests': dict,
+NEEDED = {'recipe': str, 'row': str, 'variant': dict, 'seed': int, 'run': str, 'headline': str,
+          'last': (int, float), 'tests': dict,
           'protocol': dict, 'epochs': list}
 
 def read_record(
@@ -123,11 +128,13 @@ def read_record(
         wrong = [k for k, kind in NEEDED.items() if not isinstance(record[k], kind)]
         doubt = '' if wrong else _doubt(record)
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError, OSError) as error:
-        raise ValueError(f"record {path} is damaged ({type(error).__name__}: {error}): remove it and run the recipe again") from None
+        raise ValueError(f"record {path} is damaged ({type(error).__name__}: {error}): remove it and run the "
+                         "recipe again") from None
     if wrong:
         raise ValueError(f"record {path} is damaged (field {wrong[0]!r}): remove it and run the recipe again")
     if doubt:
-        raise ValueError(f"record {path} was changed after it was written ({doubt}): get it again, or remove it and run the recipe again")
+        raise ValueError(f"record {path} was changed after it was written ({doubt}): get it again, or remove "
+                         "it and run the recipe again")
     return record
 
 def _doubt(record):
@@ -148,14 +155,17 @@ def load_records(
     out,          # the folder given to write_record
     recipe:str,   # whose records
 ) -> list: # of dictionaries, sorted by file name
-    "All records of a recipe, each cell once. Raises ValueError if there is none, if one is damaged, or if two of a cell differ."
+    """All records of a recipe, each cell once.
+    Raises ValueError if there is none, if one is damaged, or if two of a cell differ."""
     folder, found = Path(out).expanduser() / 'records' / recipe, {}
-    for path in sorted(p for p in folder.glob('*') if p.suffix.lower() == '.json' and not p.name.startswith('.')):
+    for path in sorted(p for p in folder.glob('*')
+                       if p.suffix.lower() == '.json' and not p.name.startswith('.')):
         record = read_record(path)
         cell = cell_name(record['row'], record['variant'], record['seed'])
         first, there = found.setdefault(cell, (path, record))
         if there != record:
-            raise ValueError(f"{first} and {path.name} are two records of one cell, and differ: remove one of them")
+            raise ValueError(f"{first} and {path.name} are two records of one cell, and differ: remove "
+                             "one of them")
     if not found:
         raise ValueError(f"no records of {recipe!r} in {folder}: run the recipe first")
     return [record for _, record in found.values()]
@@ -177,7 +187,8 @@ def to_tensorboard(
     records:list,   # of dictionaries
     folder,         # one sub-folder a run
 ) -> int: # how many
-    "Every epoch's figures as TensorBoard event files. Raises ValueError if the package tensorboard is missing."
+    """Every epoch's figures as TensorBoard event files.
+    Raises ValueError if the package tensorboard is missing."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:

@@ -35,11 +35,13 @@ def as_points(
     e:torch.Tensor,         # (N, D), floating point
     name:str='embeddings',  # what to call it in an error
 ) -> torch.Tensor: # (N, D), float32 or float64
-    "Check that `e` is a batch of embeddings and widen half precision to float32. Raises ValueError otherwise."
+    """Check that `e` is a batch of embeddings and widen half precision to float32.
+    Raises ValueError otherwise."""
     if not isinstance(e, torch.Tensor):
         raise ValueError(f"{name} must be a tensor of shape (N, D); got {type(e).__name__}")
     if e.dim() != 2:
-        raise ValueError(f"{name} must have shape (N, D); got {tuple(e.shape)}: flatten a feature map with .flatten(1)")
+        raise ValueError(f"{name} must have shape (N, D); got {tuple(e.shape)}: flatten a feature map with "
+                         ".flatten(1)")
     if not e.is_floating_point():
         raise ValueError(f"{name} must be floating point; got {e.dtype}: convert it with .float()")
     return e.float() if e.dtype.itemsize < 4 else e
@@ -58,7 +60,8 @@ def unit_differences(
     e:torch.Tensor,   # (N, D) embeddings
     eps:float=1e-12,  # points at this distance or nearer have no direction
 ) -> torch.Tensor: # (N, N, D): vectors of length 1, or 0 where two points coincide
-    """The direction of every ordered pair, `[j, i] = (e_i - e_j) / |e_i - e_j|`: `norm_td` of the RKD authors' code.
+    """The direction of every ordered pair, `[j, i] =
+    (e_i - e_j) / |e_i - e_j|`: `norm_td` of the RKD authors' code.
     Raises ValueError unless (N, D)."""
     td = differences(e)
     length = td.norm(dim=2, keepdim=True)
@@ -69,7 +72,8 @@ def angles(
     e:torch.Tensor,   # (N, D) embeddings
     eps:float=1e-12,  # points at this distance or nearer have no direction
 ) -> torch.Tensor: # (N, N, N) cosines in [-1, 1]
-    """Cosine of the angle at vertex j between samples i and k, `[j, i, k]` (Park et al. 2019, angle-wise potential).
+    """Cosine of the angle at vertex j between samples i and k, `[j, i, k]`
+    (Park et al. 2019, angle-wise potential).
     Raises ValueError unless (N, D)."""
     u = unit_differences(e, eps)
     with full_precision(u): return u @ u.transpose(1, 2)
@@ -80,14 +84,15 @@ def pdist(
     squared:bool=False, # squared distances instead?
     eps:float=1e-12,    # least squared distance of two samples
 ) -> torch.Tensor: # (N, N), 0 on the diagonal, in float32 at least
-    """Euclidean distance of every pair (Park et al. 2019, distance-wise potential before division by the mean).
+    """Euclidean distance of every pair (Park et al. 2019,
+    distance-wise potential before division by the mean).
     Raises ValueError unless (N, D)."""
     e = as_points(e)
     with full_precision(e):
         e = e - e.mean(0)                                   # distances do not see the shift, rounding does
         gram = e @ e.t()
         i = torch.arange(e.shape[0], device=e.device)
-        norm2 = gram[i, i]                                  # a copy: Inductor overwrites what a diagonal() looks at
+        norm2 = gram[i, i]  # a copy: Inductor overwrites what a diagonal() looks at
         d = (norm2[:, None] + norm2[None] - 2 * gram).clamp(min=eps)
         if not squared: d = d.sqrt()
         return d.masked_fill(torch.eye(e.shape[0], dtype=torch.bool, device=e.device), 0)

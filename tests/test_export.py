@@ -170,6 +170,35 @@ def test_aot_autograd(name, dynamic, slow):
                            copy_inputs=True)
 
 
+def composite(name):
+    """A loss is made of operators that dispatch: with any of its tensors wrapped, forwards and backwards, nothing is read behind
+    the dispatcher's back, nothing plain is overwritten with something wrapped, no number is asked for."""
+    asks = pytest.importorskip("torch.testing._internal.composite_compliance", exc_type=ImportError)
+    f, s, t, more = asked(name)
+    if name.startswith("CRD"):                               # what it remembers is its own affair: in evaluation it rests
+        f(s, t, more)
+    f.eval()
+    n, k = len(s), len(s) + len(t)
+
+    def call(*x):
+        return f(list(x[:n]), list(x[n:k]), list(x[k:]))
+
+    asks.check_with_mode(call, (*s, *t, *more), {}, torch.testing.assert_close)
+    asks.check_all_permutations(call, (*s, *t, *more), {}, torch.testing.assert_close)
+    wanting = [x.clone().requires_grad_() for x in s]
+    asks.check_backward_formula(call, (*wanting, *t, *more), {}, assert_equal_fn=torch.testing.assert_close)
+
+
+@pytest.mark.parametrize("name", ALWAYS)
+def test_composite_compliant(name):
+    composite(name)
+
+
+@every_case
+def test_every_loss_is_composite_compliant(name, slow):
+    composite(name)
+
+
 def exported_the_same(name, strict):
     f, *layers = asked(name)
     batch = torch.export.Dim("batch", min=4, max=512)

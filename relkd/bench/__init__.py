@@ -16,7 +16,10 @@ from .losses import naive_angle, others_benchmark
 from .precision import TRAININGS, Training, cpu_abilities, precision_as_text, precision_benchmark
 from .precision import precision_table, precision_text, training_step
 
-_all_ = ['Held', 'bench_device', 'interleaved', 'load_benchmarks', 'milliseconds', 'peak_memory', 'save_benchmark', 'wait',
-         'angle_benchmark', 'benchmark_ratios', 'benchmark_table', 'losses_as_text', 'losses_text', 'naive_angle',
-         'others_benchmark', 'TRAININGS', 'Training', 'cpu_abilities', 'precision_as_text', 'precision_benchmark',
+_all_ = ['Held', 'bench_device', 'interleaved', 'load_benchmarks', 'milliseconds', 'peak_memory',
+         'save_benchmark', 'wait',
+         'angle_benchmark', 'benchmark_ratios', 'benchmark_table', 'losses_as_text', 'losses_text',
+         'naive_angle',
+         'others_benchmark', 'TRAININGS', 'Training', 'cpu_abilities', 'precision_as_text',
+         'precision_benchmark',
          'precision_table', 'precision_text', 'training_step']

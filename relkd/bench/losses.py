@@ -173,7 +173,8 @@ def others_benchmark(
     out='figures',    # the record goes to out/records/bench
     seconds:float=.4, # for each size and case
 ) -> dict: # the record
-    "RKD-D, SP, PKT, NST and FSP, forward and backward, against the formula as written and torchdistill's, in turn."
+    """RKD-D, SP, PKT, NST and FSP, forward and backward,
+    against the formula as written and torchdistill's, in turn."""
     device, generator, rows = bench_device(), torch.Generator().manual_seed(0), []
     for name, plan in _plans().items():
         for shape in plan.shapes:
@@ -194,7 +195,8 @@ def benchmark_table(
     "Median times, or memory, of the angle benchmark."
     import pandas as pd
     cases = list(dict.fromkeys(r['case'] for r in record['rows']))
-    found = {(r['n'], r['case']): statistics.median(r['ms']) if what == 'ms' else r['MiB'] for r in record['rows']}
+    found = {(r['n'], r['case']): statistics.median(r['ms']) if what == 'ms' else r['MiB']
+             for r in record['rows']}
     return pd.Series(found).unstack()[cases]
 
 def benchmark_ratios(

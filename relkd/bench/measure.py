@@ -55,7 +55,8 @@ def interleaved(
 
 # %% ../../nbs/lab/41_bench.ipynb #7b14e1e2
 class Held(TorchDispatchMode):
-    "The peak of the bytes that operations inside `with` have made and that are alive, what was `given` not counted."
+    """The peak of the bytes that operations inside `with` have made and that are alive,
+    what was `given` not counted."""
     def __init__(self,
         *given, # tensors that exist before
     ):

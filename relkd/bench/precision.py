@@ -81,9 +81,11 @@ def precision_benchmark(
     for training in trainings:
         cases = {name: training_step(training, fabric) for name, fabric in fabrics.items()}
         for case, ms in interleaved(cases, rounds, seconds, warm).items():
-            rows.append({'n': training.shape[0], 'network': training.network, 'training': str(training), 'case': case,
+            rows.append({'n': training.shape[0], 'network': training.network,
+                         'training': str(training), 'case': case,
                          'ms': [round(v, 4) for v in ms]})
-    return save_benchmark(out, 'precision', device, rows, cpu=cpu_abilities(), threads=torch.get_num_threads())
+    return save_benchmark(out, 'precision', device, rows, cpu=cpu_abilities(),
+                          threads=torch.get_num_threads())
 
 # %% ../../nbs/lab/41_bench_precision.ipynb #6e862e78
 def precision_table(

@@ -30,9 +30,14 @@ from .splits import halves
 from .streams import Batches, Stream, few_per_class
 from .tinyimagenet import TINYIMAGENET
 
-_all_ = ['PLAIN', 'read_plain', 'colour_jitter', 'flip', 'pad_crop', 'rotate', 'SOURCES', 'check_name', 'fetch',
-         'inventory', 'load', 'CIFAR10', 'CIFAR100', 'CIFAR_FS', 'CLASSES', 'FC100', 'HELD_OUT', 'SUPERCLASSES',
+_all_ = ['PLAIN', 'read_plain', 'colour_jitter', 'flip', 'pad_crop', 'rotate', 'SOURCES',
+         'check_name', 'fetch',
+         'inventory', 'load', 'CIFAR10', 'CIFAR100', 'CIFAR_FS', 'CLASSES', 'FC100', 'HELD_OUT',
+         'SUPERCLASSES',
          'digits', 'ByClass', 'ClassBalanced', 'Episodes', 'by_class', 'check_episodes', 'draw_episodes',
-         'episode_labels', 'MINIIMAGENET', 'OMNIGLOT', 'area_resize', 'nearest_resize', 'Dataset', 'joined', 'Source',
-         'data_root', 'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET', 'class_groups', 'halves',
-         'import_folder', 'unread', 'centre_crop', 'random_crop', 'decoded', 'map_images', 'CARS196', 'CUB200', 'SOP']
+         'episode_labels', 'MINIIMAGENET', 'OMNIGLOT', 'area_resize', 'nearest_resize', 'Dataset',
+         'joined', 'Source',
+         'data_root', 'download', 'Batches', 'Stream', 'few_per_class', 'TINYIMAGENET',
+         'class_groups', 'halves',
+         'import_folder', 'unread', 'centre_crop', 'random_crop', 'decoded', 'map_images', 'CARS196',
+         'CUB200', 'SOP']

@@ -29,18 +29,23 @@ from .sets import Dataset, joined
 CONVERSIONS = ( # what people have instead, and what makes it what it must be
     ('images', lambda a: a.ndim == 4 and a.dtype.kind == 'f' and a[:64].min() < 0,
      'x = x * std + mean, as it was normalised, then x = (x * 255).round().astype(np.uint8)'),
-    ('images', lambda a: a.ndim == 4 and a.dtype.kind == 'f' and a[:64].max() > 1, 'x = x.round().astype(np.uint8), if x is from 0 to 255'),
-    ('images', lambda a: a.ndim == 4 and a.dtype.kind == 'f', 'x = (x * 255).round().astype(np.uint8), if x is from 0 to 1'),
+    ('images', lambda a: a.ndim == 4 and a.dtype.kind == 'f' and a[:64].max() > 1,
+     'x = x.round().astype(np.uint8), if x is from 0 to 255'),
+    ('images', lambda a: a.ndim == 4 and a.dtype.kind == 'f',
+     'x = (x * 255).round().astype(np.uint8), if x is from 0 to 1'),
     ('images', lambda a: a.ndim == 4 and a.dtype.kind == 'u' and a.itemsize > 1 and a[:64].max() > 255,
      'x = (x >> 8).astype(np.uint8), if x is from 0 to 65535'),
     ('images', lambda a: a.ndim == 4 and a.shape[1] in (1, 3), 'x = x.transpose(0, 2, 3, 1)'),
     ('images', lambda a: a.ndim == 4 and a.shape[3] == 4, 'x = x[..., :3]'),
-    ('images', lambda a: a.ndim == 4 and a.dtype.kind in 'iub', 'x = x.astype(np.uint8), if x is from 0 to 255'),
+    ('images', lambda a: a.ndim == 4 and a.dtype.kind in 'iub',
+     'x = x.astype(np.uint8), if x is from 0 to 255'),
     ('images', lambda a: a.ndim == 3, 'x = x[..., None]'),
-    ('images', lambda a: a.ndim == 2, 'x = x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), if the rows are such'),
+    ('images', lambda a: a.ndim == 2,
+     'x = x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), if the rows are such'),
     ('labels', lambda a: a.ndim == 2 and a.shape[1] == 1, 'y = y.ravel()'),
     ('labels', lambda a: a.ndim == 2, 'y = y.argmax(1), if it is one-hot'),
-    ('labels', lambda a: a.dtype.kind == 'f' and (a != np.round(a)).any(), 'class numbers: it holds NaN or fractions, drop those images'),
+    ('labels', lambda a: a.dtype.kind == 'f' and (a != np.round(a)).any(),
+     'class numbers: it holds NaN or fractions, drop those images'),
     ('labels', lambda a: a.dtype.kind in 'fb', 'y = y.astype(np.int64)'),
     ('labels', lambda a: a.dtype.kind in 'US', 'names, y = np.unique(y, return_inverse=True)'),
 )
@@ -56,8 +61,8 @@ def read_npy(
     try: a = np.lib.format.open_memmap(path, mode='c')
     except Exception as error:                          # a damaged header raises anything
         if 'Python objects' in str(error):
-            raise ValueError(f"{path} holds Python objects, not numbers: np.save np.stack(list(x)) of images of one size, "
-                             "or np.array(list(y)) of labels") from error
+            raise ValueError(f"{path} holds Python objects, not numbers: np.save np.stack(list(x)) of images "
+                             "of one size, or np.array(list(y)) of labels") from error
         start = first_bytes(path)
         kind = kind_of(start) if start else ''
         if ': ' in kind and 'npy array' not in kind: raise ValueError(f"{path} {kind}") from error
@@ -66,7 +71,8 @@ def read_npy(
     if (size := os.path.getsize(path)) != (due := a.offset + a.nbytes):
         raise ValueError(f"{path} is not a whole .npy file ({size:,} bytes, {due:,} are due): make it again")
     if a.ndim != dims or not fits(a):
-        do = next((f"; np.save it again with {how}" for of, has, how in CONVERSIONS if of in what and has(a)), '')
+        do = next((f"; np.save it again with {how}" for of, has, how in CONVERSIONS if of in what and has(a)),
+                  '')
         raise ValueError(f"{path} must hold {what}; got {a.dtype} {a.shape}{do}")
     return a
 
@@ -100,24 +106,27 @@ def check_labels(
     parts:dict,   # file -> (N,) labels; the first are of training
     named:bool,   # are the classes named?
 ):
-    "Raise ValueError for a gap in labels of classes without names; warn of a class that is tested and not trained."
+    """Raise ValueError for a gap in labels of classes without names;
+    warn of a class that is tested and not trained."""
     first, *others = parts.values()
     trained, tested = set(first.tolist()), {n for y in others for n in y.tolist()}
     there, path = sorted(trained | tested), next(iter(parts))
     if not named and there and there != list(range(len(there))):
-        raise ValueError(f"{path} and its like hold {len(there)} labels from {there[0]} to {there[-1]}, and must hold "
-                         f"0 to {len(there) - 1}: np.save np.searchsorted(np.unique(y_train), y), or write classes.txt, "
-                         "one name a line from 0 on")
+        raise ValueError(f"{path} and its like hold {len(there)} labels from {there[0]} to {there[-1]}, and "
+                         f"must hold 0 to {len(there) - 1}: np.save np.searchsorted(np.unique(y_train), y), "
+                         "or write classes.txt, one name a line from 0 on")
     if lost := sorted(tested - trained):
         more = f' ({len(lost)} such classes)' if len(lost) > 1 else ''
-        warnings.warn(f"{path} holds no image of class {lost[0]}, which is tested{more}: nothing can learn it", stacklevel=3)
+        warnings.warn(f"{path} holds no image of class {lost[0]}, which is tested{more}: nothing "
+                      "can learn it", stacklevel=3)
 
 # %% ../../nbs/data/05_arrays.ipynb #74930470
 def read_csv(
     path,
     columns, # that there must be
 ) -> list: # of dicts, one a row
-    "The rows of a CSV file (commas, semicolons or tabs). Raises ValueError if it cannot be read or a column is missing."
+    """The rows of a CSV file (commas, semicolons or tabs).
+    Raises ValueError if it cannot be read or a column is missing."""
     try: text = text_of(Path(path).read_bytes(), path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}): make it again") from error
@@ -127,8 +136,9 @@ def read_csv(
     except csv.Error as error:
         raise ValueError(f"{path} cannot be read ({type(error).__name__}): make it again") from error
     if not rows or any(c not in rows[0] for c in columns):
-        raise ValueError(f"{path} must have rows with the columns {', '.join(columns)}; its first line is {head.strip()[:60]!r}"
-                         f": put the line {','.join(columns)} above it, if these are the first columns")
+        raise ValueError(f"{path} must have rows with the columns {', '.join(columns)}; its first line is "
+                         f"{head.strip()[:60]!r}: put the line {','.join(columns)} above it, if these are "
+                         "the first columns")
     if short := next((k for k, r in enumerate(rows, 2) if any(not r[c] for c in columns)), None):
         raise ValueError(f"{path}, line {short} has no {' or no '.join(columns)}: complete or remove it")
     return rows
@@ -148,7 +158,8 @@ def _tidy(folder): # remove what was cut off and not touched for an hour
 def whole_folder(
     folder, # that is to be made
 ): # a folder to write into
-    "What is written becomes `folder` when all went well, else vanishes. Raises ValueError if it cannot be written."
+    """What is written becomes `folder` when all went well, else vanishes.
+    Raises ValueError if it cannot be written."""
     folder, part = Path(folder), None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -161,8 +172,9 @@ def whole_folder(
             if {p.name for p in part.iterdir()} - {p.name for p in folder.iterdir()}:
                 raise                                   # else another process made it meanwhile
     except OSError as error:
-        raise ValueError(f"cannot write {folder} ({error.strerror or error}): make room or remove what is there, "
-                         "or name another folder for it by RELKD_CACHE, or for all data by RELKD_DATA") from error
+        raise ValueError(f"cannot write {folder} ({error.strerror or error}): make room or remove what "
+                         "is there, or name another folder for it by RELKD_CACHE, or for all data by "
+                         "RELKD_DATA") from error
     finally:
         if part: shutil.rmtree(part, ignore_errors=True)
 
@@ -188,7 +200,8 @@ def listed_classes(
     if not path.exists(): return None
     try: names = lines_of(path.read_bytes(), path)
     except OSError as error:
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}): one class a line, in UTF-8") from error
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}): one class a line, in UTF-8") from error
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise ValueError(f"{path} names {twice!r} twice: one class a line, each once")
     return tuple(names)
@@ -199,7 +212,8 @@ def read_plain(
     name:str,
     due:tuple=None, # names of the classes, if they must be these
 ) -> Dataset:
-    "`NAME/{train,test}_{images,labels}.npy` and, if they are there, val_ and classes.txt. Raises ValueError naming a wrong file."
+    """`NAME/{train,test}_{images,labels}.npy` and, if they are there, val_ and classes.txt.
+    Raises ValueError naming a wrong file."""
     folder = Path(root) / name
     splits = ('train', *(['val'] if (folder / 'val_images.npy').exists() else []), 'test')
     images = {s: image_array(folder / f'{s}_images.npy') for s in splits}

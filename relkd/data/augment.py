@@ -50,7 +50,8 @@ def random_crop(
     "Random windows, each image drawing its own."
     _check_window(images, size)
     B, _, H, W = images.shape
-    top, left = (torch.randint(0, n - size + 1, (B,), generator=generator, device=images.device) for n in (H, W))
+    top, left = (torch.randint(0, n - size + 1, (B,), generator=generator, device=images.device)
+                 for n in (H, W))
     return images.unfold(2, size, 1).unfold(3, size, 1)[torch.arange(B, device=images.device), :, top, left]
 
 def centre_crop(
@@ -86,7 +87,8 @@ def colour_jitter(
     saturation:float,             # likewise; grey images have none
     generator:torch.Generator,    # on the device of the images
 ) -> torch.Tensor: # (B, C, H, W), of the same type; uint8 is rounded
-    "Random brightness, contrast and saturation, in this order. Raises ValueError for other numbers of channels."
+    """Random brightness, contrast and saturation, in this order.
+    Raises ValueError for other numbers of channels."""
     B, C = images.shape[:2]
     if C not in (1, 3):
         raise ValueError(f"colour_jitter needs images of 1 or 3 channels; got {tuple(images.shape)}")

@@ -26,7 +26,8 @@ from .tinyimagenet import TINYIMAGENET
 from ..ground import nearest, write_atomically
 
 # %% ../../nbs/data/13_catalogue.ipynb #11d3fcf2
-SOURCES = {s.name: s for s in (DIGITS, CIFAR10, CIFAR100, TINYIMAGENET, OMNIGLOT, CIFAR_FS, FC100, MINIIMAGENET,
+SOURCES = {s.name: s
+           for s in (DIGITS, CIFAR10, CIFAR100, TINYIMAGENET, OMNIGLOT, CIFAR_FS, FC100, MINIIMAGENET,
                                CUB200, CARS196, SOP)}
 
 def _source(name, root): # (Source, its root)
@@ -35,16 +36,17 @@ def _source(name, root): # (Source, its root)
     if found := in_words(finds(root, name)):
         raise ValueError(f"data set {name!r} is not in {root}{found}")
     if held := inside(root / name):
-        raise ValueError(f"{root / name} holds {', '.join(p.name for p in held[:6])}: a data set of your own is four arrays, "
-                         f"{', '.join(PLAIN)}, or train/CLASS/*.png with test/ likewise")
+        raise ValueError(f"{root / name} holds {', '.join(p.name for p in held[:6])}: a data set of your own "
+                         f"is four arrays, {', '.join(PLAIN)}, or train/CLASS/*.png with test/ likewise")
     raise ValueError(nearest('data set', name, [*SOURCES, *(n for n in own_names(root) if n not in SOURCES)]))
 
 def load(
     name:str,  # one of SOURCES, a folder of one's own below the root, or the path of one
     root=None, # where to look; as data_root takes it
-    **options  # of a source that leaves a choice: split='retrieval', resize='nearest' (omniglot), size=32 (folders)
+    **options  # of a source with a choice: split='retrieval', resize='nearest' (omniglot), size=32 (folders)
 ) -> Dataset:
-    "The data set of that name. Raises ValueError for an unknown one, naming the nearest, or a missing or damaged one."
+    """The data set of that name. Raises ValueError for an unknown one, naming the nearest,
+    or a missing or damaged one."""
     source, root = _source(name, data_root(root))
     return source(root, **options)
 
@@ -53,7 +55,8 @@ def check_name(
     root=None,
     **options
 ):
-    "Raise, without reading, the ValueError of `load` for an unknown name, missing files, or an unknown option."
+    """Raise, without reading, the ValueError of `load` for an unknown name, missing files,
+    or an unknown option."""
     source, root = _source(name, data_root(root))
     source.find(root, **options)
 
@@ -63,7 +66,8 @@ def fetch(
     root=None,           # where to put it; as data_root takes it
     progress:bool=False, # show a bar
 ) -> Dataset:
-    "Download a data set from its publisher unless it is there, and load it. Raises ValueError if that cannot be done."
+    """Download a data set from its publisher unless it is there, and load it.
+    Raises ValueError if that cannot be done."""
     source, root = _source(name, data_root(root))
     if not source.place(root):
         if not source.get: raise ValueError(f"{name} cannot be downloaded; {source.how}, in {root / name}")
@@ -84,13 +88,15 @@ def _state(source, root): # what changes when the data do; None if they are not 
 def _entry(name, source, root):
     try: data = source(root)
     except ValueError as error: return {'name': name, 'error': str(error)}
-    return {'name': name, 'by_class': data.by_class, 'counts': data.counts, 'shape': list(data.images.shape[1:]),
+    return {'name': name, 'by_class': data.by_class, 'counts': data.counts,
+            'shape': list(data.images.shape[1:]),
             'classes': len(data.classes), 'fingerprint': data.fingerprint}
 
 # %% ../../nbs/data/13_catalogue.ipynb #a1b9408c
 def _is_entry(e, name): # of the form that `_entry` gives: somebody may have edited the file
     if not isinstance(e, dict): return False
-    kinds = {'error': str} if 'error' in e else {'counts': dict, 'shape': list, 'classes': int, 'fingerprint': str}
+    kinds = {'error': str} if 'error' in e else {'counts': dict, 'shape': list, 'classes': int,
+                                                 'fingerprint': str}
     return e.get('name') == name and all(isinstance(e.get(k), t) for k, t in kinds.items())
 
 def _kept(path): # of the last time
@@ -101,7 +107,8 @@ def _kept(path): # of the last time
 def inventory(
     root=None, # as data_root takes it
 ) -> list: # of dicts: name, by_class, counts, shape, classes, fingerprint; or name and error
-    "What is there. ROOT/inventory.json keeps it with size and time of the files: only what has changed is read."
+    """What is there. ROOT/inventory.json keeps it with size and time of the files:
+    only what has changed is read."""
     root = data_root(root)
     known, new = _kept(root / 'inventory.json'), {}
     for name in dict.fromkeys((*SOURCES, *own_names(root))):
@@ -112,7 +119,8 @@ def inventory(
             new[name] = old
         else:
             entry = _entry(name, source, root)
-            new[name] = {'state': _state(source, root), 'entry': entry}   # reading may have made arrays of an archive
+            # reading may have made arrays of an archive
+            new[name] = {'state': _state(source, root), 'entry': entry}
     if new != known and root.is_dir():
         try: write_atomically(root / 'inventory.json', json.dumps(new, indent=1).encode())
         except ValueError: pass                         # a folder that is read only: read again next time
@@ -123,4 +131,5 @@ def unread(
 ) -> list: # of (name, file, what it is, what to do)
     "What lies there of the data sets by name in forms that are not read, where none is that is read."
     root = data_root(root)
-    return [(name, *found) for name, source in SOURCES.items() if not source.place(root) for found in finds(root, name)]
+    return [(name, *found) for name, source in SOURCES.items() if not source.place(root)
+            for found in finds(root, name)]

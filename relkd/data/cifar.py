@@ -64,9 +64,9 @@ def _read_torchvision(root, name):
     here = type(kind.__name__, (kind,), {'base_folder': where.name})
     try: train, test = (here(where.parent, train=part) for part in (True, False))
     except (RuntimeError, OSError, EOFError) as error:
-        raise ValueError(f"{where} is damaged or not whole, or not the publisher's, whose MD5 is known ({str(error).splitlines()[0]}): "
-                         f"`relkd data get {name}` puts the publisher's there; data of your own go into four .npy in a folder of another "
-                         "name") from error
+        raise ValueError(f"{where} is damaged or not whole, or not the publisher's, whose MD5 is known "
+                         f"({str(error).splitlines()[0]}): `relkd data get {name}` puts the publisher's "
+                         "there; data of your own go into four .npy in a folder of another name") from error
     classes = check_order(name, train.classes, CLASSES[name], where)
     parts = {'train': train, 'test': test}
     return joined(name, {s: (nchw(d.data), torch.tensor(d.targets)) for s, d in parts.items()}, classes)
@@ -92,17 +92,21 @@ def _read_binary(root, name):
     for split, names, due in zip(('train', 'test'), files, (50000, 10000)):
         rows = [np.fromfile(folder / f, np.uint8) for f in names]
         if odd := next((f for f, r in zip(names, rows) if len(r) % (labels + 3072) or not len(r)), None):
-            raise ValueError(f"{folder / odd} is no whole number of rows of {labels + 3072:,} bytes: get it again")
+            raise ValueError(f"{folder / odd} is no whole number of rows of {labels + 3072:,} bytes: "
+                             "get it again")
         rows = np.concatenate(rows).reshape(-1, labels + 3072)
-        if len(rows) != due: warnings.warn(f"{folder} holds {len(rows):,} images for {split}; the publisher's has {due:,}")
-        parts[split] = torch.from_numpy(rows[:, labels:].reshape(-1, 3, 32, 32)), torch.from_numpy(rows[:, labels - 1].astype(np.int64))
+        if len(rows) != due:
+            warnings.warn(f"{folder} holds {len(rows):,} images for {split}; the publisher's has {due:,}")
+        parts[split] = (torch.from_numpy(rows[:, labels:].reshape(-1, 3, 32, 32)),
+                        torch.from_numpy(rows[:, labels - 1].astype(np.int64)))
     return joined(name, parts, CLASSES[name])
 
 # %% ../../nbs/data/08_cifar.ipynb #fd05f6f0
 def _cifar(name, folder):
     plain = plain_place(name, partial(read_plain, due=CLASSES[name]))
     def files(find, names):
-        def there(root): return None if (p := find(root, name)) is None else tuple(str((p / f).absolute()) for f in names)
+        def there(root):
+            return None if (p := find(root, name)) is None else tuple(str((p / f).absolute()) for f in names)
         return there
     train, test, _ = _BINARY[name]
     unpacked = f'{folder}/', tuple(f'{folder}/{f}' for f in _PICKLES[name]), _read_torchvision
@@ -117,10 +121,10 @@ CIFAR100 = replace(_cifar('cifar100', 'cifar-100-python'), splits={'retrieval': 
 # %% ../../nbs/data/08_cifar.ipynb #67d1c4c8
 HELD_OUT = {
     'cifar_fs': {  # Bertinetto et al. 2019: classes
-        'val': 'beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle otter sea shark '
-               'television tractor',
-        'test': 'baby bed bicycle chimpanzee fox leopard man pickup_truck plain poppy rocket rose snail sweet_pepper '
-                'table telephone wardrobe whale woman worm'},
+        'val': 'beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle '
+               'otter sea shark television tractor',
+        'test': 'baby bed bicycle chimpanzee fox leopard man pickup_truck plain poppy rocket rose snail '
+                'sweet_pepper table telephone wardrobe whale woman worm'},
     'fc100': {     # Oreshkin et al. 2018: superclasses
         'val': 'large_carnivores large_omnivores_and_herbivores non-insect_invertebrates small_mammals',
         'test': 'aquatic_mammals insects medium_mammals people'}}
@@ -142,13 +146,18 @@ def _as_published(read, root, name):
     d, due = read(root, name), few_shot_splits(name)
     count, known = len(d.labels), {c: i for i, c in enumerate(CLASSES['cifar100'])}
     if all(c in known for c in d.classes):
-        if odd := next(((s, d.classes[i]) for s, part in d.splits.items() for i in part if known[d.classes[i]] not in due[s]), None):
-            warnings.warn(f"{name}: class {odd[1]!r} is in {odd[0]}, and not so in the published split: its results are its own")
-    if count != 60000: warnings.warn(f"{name}: {count:,} images of {len(d.classes)} classes; the published set has 60,000 of 100")
+        if odd := next(((s, d.classes[i]) for s, part in d.splits.items()
+                        for i in part if known[d.classes[i]] not in due[s]), None):
+            warnings.warn(f"{name}: class {odd[1]!r} is in {odd[0]}, and not so in the published split: its "
+                          "results are its own")
+    if count != 60000:
+        warnings.warn(f"{name}: {count:,} images of {len(d.classes)} classes; the published set has "
+                      "60,000 of 100")
     return d
 
 _FORMS = { # the pickles in words and as a pattern, lists of classes beside CIFAR-100's images
-    'cifar_fs': ('CIFAR_FS_{train,val,test}.pickle', r'cifar[-_]?fs_(train|val|test)\.(?:pickle|pkl)', ('splits/bertinetto/{}.txt',)),
+    'cifar_fs': ('CIFAR_FS_{train,val,test}.pickle', r'cifar[-_]?fs_(train|val|test)\.(?:pickle|pkl)',
+                 ('splits/bertinetto/{}.txt',)),
     'fc100': ('FC100_{train,val,test}.pickle', r'fc100_(train|val|test)\.(?:pickle|pkl)', ())}
 
 def _few_shot(name):

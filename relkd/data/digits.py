@@ -21,7 +21,8 @@ def digits(
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     raw = load_digits()
-    train, held = train_test_split(np.arange(len(raw.target)), test_size=test, stratify=raw.target, random_state=seed)
+    train, held = train_test_split(np.arange(len(raw.target)), test_size=test, stratify=raw.target,
+                                   random_state=seed)
     order = np.concatenate([train, held])
     images = torch.from_numpy(raw.images * 15).to(torch.uint8)[:, None]            # 0..16 -> 0..240
     labels = torch.from_numpy(raw.target).long()
@@ -30,4 +31,5 @@ def digits(
 
 def _read(root, name, **options): return digits(**options)
 
-DIGITS = Source('digits', (('scikit-learn', (), _read),), 'it comes with scikit-learn', options=('test', 'seed'))
+DIGITS = Source('digits', (('scikit-learn', (), _read),), 'it comes with scikit-learn',
+                options=('test', 'seed'))

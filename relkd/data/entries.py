@@ -20,7 +20,9 @@ from .images import open_zip
 # %% ../../nbs/data/04_entries.ipynb #87f03a3e
 def _of_folder(path): # name -> path of each file
     found = {}
-    def loops(p): return os.path.islink(p) and f'{os.path.realpath(os.path.dirname(p))}/'.startswith(f'{os.path.realpath(p)}/')
+    def loops(p):
+        return (os.path.islink(p)
+                and f'{os.path.realpath(os.path.dirname(p))}/'.startswith(f'{os.path.realpath(p)}/'))
     for folder, folders, files in os.walk(path, followlinks=True):
         folders[:] = sorted(f for f in folders if not loops(os.path.join(folder, f)))
         below = os.path.relpath(folder, path).replace(os.sep, '/')
@@ -39,11 +41,14 @@ _PACKING = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.
 def _opened(path): # a zip that Python can read
     z = open_zip(path)
     others = {i.compress_type for i in z.infolist()} - {*_PACKING}
-    why = "is packed as Python does not read it (Deflate64, as Windows packs what is above 2 GB)" if others else ''
+    why = ("is packed as Python does not read it (Deflate64, as Windows packs what is above 2 GB)"
+           if others else '')
     if any(i.flag_bits & 1 for i in z.infolist()): why = 'is locked by a password'
     if large := next((i for i in z.infolist() if i.file_size > LARGEST), None):
-        raise ValueError(f"{path} holds {large.filename}, which would unpack to {large.file_size:,} bytes: no image or list is that large")
-    if link := next((i.filename for i in z.infolist() if i.external_attr >> 28 == 10 and not is_litter(i.filename)), None):
+        raise ValueError(f"{path} holds {large.filename}, which would unpack to {large.file_size:,} bytes: "
+                         "no image or list is that large")
+    if link := next((i.filename for i in z.infolist()
+                     if i.external_attr >> 28 == 10 and not is_litter(i.filename)), None):
         why = f'holds a link, {link}, in the place of a file'
     if why: raise ValueError(f"{path} {why}: unpack it, the folder is read as well")
     return z
@@ -95,10 +100,11 @@ def _stamp(path): # what is kept of a file or folder
     if path.is_file():
         size = path.stat().st_size
         if size <= SMALL: return {'bytes': size, 'sha256': hashlib.sha256(path.read_bytes()).hexdigest()}
-        with path.open('rb') as f:                 # a zip's list of entries, with the CRC of each, stands at its end
+        with path.open('rb') as f:  # a zip's list of entries, with the CRC of each, stands at its end
             f.seek(-min(size, SMALL), os.SEEK_END)
             return {'bytes': size, 'end': hashlib.sha256(f.read()).hexdigest()}
-    sizes = [os.stat(f).st_size for n, f in _of_folder(path).items() if not is_litter(n) and not n.startswith('arrays')]
+    sizes = [os.stat(f).st_size for n, f in _of_folder(path).items()
+             if not is_litter(n) and not n.startswith('arrays')]
     return {'files': len(sizes), 'bytes': sum(sizes)}
 
 def stamp(
@@ -106,7 +112,8 @@ def stamp(
     sources, # paths that they are made of
 ):
     "Write what arrays are made of beside them."
-    (Path(folder) / STAMP).write_text(json.dumps({os.path.basename(p): _stamp(Path(p)) for p in sources}, indent=1), encoding='utf-8')
+    (Path(folder) / STAMP).write_text(json.dumps({os.path.basename(p): _stamp(Path(p)) for p in sources},
+                                                 indent=1), encoding='utf-8')
 
 def check_stamp(
     folder,  # of arrays
@@ -117,4 +124,5 @@ def check_stamp(
     except (OSError, ValueError): return           # arrays of an earlier version, or of the user's own
     for path in map(Path, sources):
         if path.exists() and path.name in kept and kept[path.name] != _stamp(path):
-            raise ValueError(f"{folder} was made of another {path.name} than lies there now: remove {folder}, and it is made again")
+            raise ValueError(f"{folder} was made of another {path.name} than lies there now: remove "
+                             f"{folder}, and it is made again")

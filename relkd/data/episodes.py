@@ -112,7 +112,8 @@ class Episodes(Stream):
     ): # yields (index (B,), images (B, C, H, W) float32, labels (way * query,)), B = way * (shot + query)
         "The episodes of one epoch; the same number gives the same episodes."
         labels = episode_labels(self.way, self.query, self.labels.device)
-        drawn = draw_episodes(self.table, self.way, self.shot, self.query, self.length, self.generator(number))
+        drawn = draw_episodes(self.table, self.way, self.shot, self.query, self.length,
+                              self.generator(number))
         for index in drawn.flatten(1):
             yield index, self.data.normalise(self.data.take(self.images, index)), labels
 
@@ -133,8 +134,10 @@ class ClassBalanced(Stream):
         self.table, of = by_class(self.labels), f'the {self.split} images of {self.data.name}'
         if not 1 <= self.classes <= len(self.table.counts) or self.images < 1:
             raise ValueError(f"a batch has from 1 to {len(self.table.counts)} classes, as many as {of} have, "
-                             f"and at least 1 image of each; got classes = {self.classes}, images = {self.images}")
-        _check_images(self.table, self.images, f"batches with {self.images} images a class", of, self.data.classes)
+                             f"and at least 1 image of each; got classes = {self.classes}, images = "
+                             f"{self.images}")
+        _check_images(self.table, self.images, f"batches with {self.images} images a class", of,
+                      self.data.classes)
         self.batch_size = self.classes * self.images
         if self.length is None:
             self.length = max(1, len(self.labels) // self.batch_size)

@@ -23,7 +23,8 @@ ALIASES = { # name of a data set -> what its folders and archives are called, wi
     'miniimagenet': ('miniimagenet',),
 }
 
-_PACKED = r'\.(zip|rar|7z|tar|t[gbx]z2?|tar\.(gz|bz2|xz|zst)|npz|parquet|arrow|h5|hdf5|pkl|pickle|mat|pt)(\.\d{2,3})?$'
+_PACKED = (r'\.(zip|rar|7z|tar|t[gbx]z2?|tar\.(gz|bz2|xz|zst)|npz|parquet|arrow|h5|hdf5|pkl|pickle|mat|pt)'
+           r'(\.\d{2,3})?$')
 
 def _plain(name): # without signs, capitals and an archive's suffix
     return re.sub(r'[^a-z0-9]', '', re.sub(_PACKED, '', name.lower()))
@@ -45,16 +46,19 @@ def near(
     here = inside(root)
     kin = [p for p in here if p.is_dir() and _plain(p.name)[:4] in {w[:4] for w in words} | {'data'}]
     all_of_them = [root.absolute(), *here, *(p for k in kin for p in inside(k))]
-    return sorted((p for p in all_of_them if _plain(p.name) in words), key=lambda p: words.index(_plain(p.name)))
+    return sorted((p for p in all_of_them if _plain(p.name) in words),
+                  key=lambda p: words.index(_plain(p.name)))
 
 # %% ../../nbs/data/05_finds.ipynb #6632bb37
 _SAVE = "np.save('{name}/train_images.npy', x); np.save('{name}/train_labels.npy', y); the same for test"
 _BY_CLASS = ("np.save('own/images.npy', x); np.save('own/labels.npy', y) of all splits; own/splits.json as "
              '{{"train": [...], "val": [...], "test": [...]}} of class numbers; the data set is then own')
-_HDF5 = ("f = h5py.File('{file}'); k = []; f.visit(lambda n: k.append(n) if hasattr(f[n], 'shape') else None); "
-         "x = np.concatenate([f[n][:] for n in k]); y = np.repeat(np.arange(len(k)), [len(f[n]) for n in k]); " + _SAVE)
-_COLUMNS = ("d = pandas.read_parquet('{file}'); y = d.iloc[:, 1].to_numpy(); x = np.stack([np.asarray(PIL.Image.open("
-            "io.BytesIO(r['bytes'])).convert('RGB')) for r in d.iloc[:, 0]]); " + _SAVE)
+_HDF5 = ("f = h5py.File('{file}'); k = []; f.visit(lambda n: k.append(n) if hasattr(f[n], 'shape') "
+         "else None); x = np.concatenate([f[n][:] for n in k]); y = np.repeat(np.arange(len(k)), [len(f[n]) "
+         "for n in k]); " + _SAVE)
+_COLUMNS = ("d = pandas.read_parquet('{file}'); y = d.iloc[:, 1].to_numpy(); x = "
+            "np.stack([np.asarray(PIL.Image.open(io.BytesIO(r['bytes'])).convert('RGB')) for r in "
+            "d.iloc[:, 0]]); " + _SAVE)
 _UNPACK = "unpack it: tar xf '{file}', or gunzip, bunzip2, unxz, if it is one file alone"
 FORMS = { # what a file is by its first bytes -> what makes plain arrays (N, H, W, C) of it
     'a parquet file': _COLUMNS,
@@ -62,23 +66,31 @@ FORMS = { # what a file is by its first bytes -> what makes plain arrays (N, H, 
     'a .npy array': "call the four train_images.npy, train_labels.npy, test_images.npy and test_labels.npy",
     'an .npz': "z = np.load('{file}'); x, y = z['train_images'], z['train_labels']; " + _SAVE,
     'an HDF5 file': _HDF5,
-    'a pickle': "d = relkd.data.forms.read_pickle('{file}'); x, y = d['data'], np.array(d['labels']); " + _SAVE,
-    'a file of torch.save': "x, y = torch.load('{file}', weights_only=True), if it holds these two; as arrays: x.numpy(); " + _SAVE,
+    'a pickle': "d = relkd.data.forms.read_pickle('{file}'); x, y = d['data'], np.array(d['labels']); "
+    + _SAVE,
+    'a file of torch.save': "x, y = torch.load('{file}', weights_only=True), if it holds these two; as "
+                            "arrays: x.numpy(); " + _SAVE,
     "MATLAB's .mat": "d = scipy.io.loadmat('{file}'); x, y = d['data'], d['labels'].ravel() - 1; " + _SAVE,
-    **{f'a{n} archive': _UNPACK for n in (' gzip', ' bzip2', 'n xz', ' tar')}, 'a zstd archive': "unpack it: tar --zstd -xf '{file}'",
-    **{f'a {n} archive': "unpack it: 7z x '{file}'" for n in ('7z', 'rar')}, 'a zip': "unpack it: unzip '{file}'",
+    **{f'a{n} archive': _UNPACK for n in (' gzip', ' bzip2', 'n xz', ' tar')},
+    'a zstd archive': "unpack it: tar --zstd -xf '{file}'",
+    **{f'a {n} archive': "unpack it: 7z x '{file}'" for n in ('7z', 'rar')},
+    'a zip': "unpack it: unzip '{file}'",
 }
 NAMED = ( # pattern of a file's name in small letters, what it is, what to do
-    ('x_train.npy', "Keras's names", "rename x_train, y_train, x_test, y_test to train_images, train_labels, test_images, test_labels"),
-    ('omniglot.npy', 'drawings without names', "get the zips, which have the alphabets' names: `relkd data get omniglot`"),
-    ('trainlabels.csv', "Kaggle's list", "for i, c in csv: move train/i.png to train/c/i.png, and some of each class to test/c/; then "
-                                         "`relkd data import`"),
-    ('base.json', 'file lists', "write train.csv, val.csv, test.csv of base.json, val.json, novel.json, columns filename,label: "
-                                "image_names and label_names[image_labels[i]]"),
+    ('x_train.npy', "Keras's names",
+     "rename x_train, y_train, x_test, y_test to train_images, train_labels, test_images, test_labels"),
+    ('omniglot.npy', 'drawings without names',
+     "get the zips, which have the alphabets' names: `relkd data get omniglot`"),
+    ('trainlabels.csv', "Kaggle's list", "for i, c in csv: move train/i.png to train/c/i.png, and some of "
+                                         "each class to test/c/; then `relkd data import`"),
+    ('base.json', 'file lists', "write train.csv, val.csv, test.csv of base.json, val.json, novel.json, "
+                                "columns filename,label: image_names and label_names[image_labels[i]]"),
     ('cifar*.tar.gz', "the publisher's archive", '`relkd data get {name}` unpacks it'),
     ('*.zip.0*', 'a zip in several parts', "join them: cat '{file}'... > one.zip, and unpack that"),
-    ('data.mdb', 'an LMDB', "with lmdb, write its images into train/CLASS/ and test/CLASS/, then `relkd data import`"),
-    ('*.tfrecord*', 'TFRecords', "with tensorflow, write its images into train/CLASS/ and test/CLASS/, then `relkd data import`"),
+    ('data.mdb', 'an LMDB',
+     "with lmdb, write its images into train/CLASS/ and test/CLASS/, then `relkd data import`"),
+    ('*.tfrecord*', 'TFRecords',
+     "with tensorflow, write its images into train/CLASS/ and test/CLASS/, then `relkd data import`"),
 )
 
 # %% ../../nbs/data/05_finds.ipynb #e617894d
@@ -91,15 +103,18 @@ def _form(path): # (what it is, what to do), or None
     if of_name := next((row[1:] for row in NAMED if fnmatch.fnmatch(name, row[0])), None): return of_name
     if _IMAGE.search(name) or name.endswith(_TEXT): return None
     form = form_of(first_bytes(path)) or ('another thing than its name says', 'get it again')
-    if form[0] in FORMS and (form[0] != 'a pickle' or name.endswith(_PROMISED)): return form[0], FORMS[form[0]]
+    if form[0] in FORMS and (form[0] != 'a pickle' or name.endswith(_PROMISED)):
+        return form[0], FORMS[form[0]]
     return form if name.endswith(_PROMISED) else None
 
 def _image_folders(place): # a find, or None
     def holds(folder): return any(_IMAGE.search(f.name) for f in inside(folder)[:20])
-    def of_classes(folder): return any(holds(c) or any(holds(d) for d in inside(c)[:3]) for c in inside(folder)[:5] if c.is_dir())
+    def of_classes(folder):
+        return any(holds(c) or any(holds(d) for d in inside(c)[:3]) for c in inside(folder)[:5] if c.is_dir())
     if of_classes(place / 'train'):
-        return ('folders of images', "`relkd data import '{file}' OWN --size 32`, with a folder a class below train/ and test/, and the "
-                                     "data set is OWN; its order is not the publisher's")
+        return ('folders of images', "`relkd data import '{file}' OWN --size 32`, with a folder a class "
+                                     "below train/ and test/, and the data set is OWN; its order is not the "
+                                     "publisher's")
     if of_classes(place):
         return 'folders of images', "move its classes into train/, val/ and test/ as the published lists say"
 
@@ -111,17 +126,21 @@ def finds(
     "Files of a data set that lie near the root in forms that are not read, one of each kind."
     found = {}
     for place in near(root, name):
-        files = [place] if place.is_file() else [f for p in inside(place) for f in ([p] if p.is_file() else inside(p)[:50])]
-        kinds = [(f, kind) for f in files if f.is_file() and (kind := _form(f)) and (kind[0] != 'a zip' or f == place)]
+        files = [place] if place.is_file() else [f for p in inside(place)
+                                                 for f in ([p] if p.is_file() else inside(p)[:50])]
+        kinds = [(f, kind) for f in files if f.is_file() and (kind := _form(f))
+                 and (kind[0] != 'a zip' or f == place)]
         if name in ALIASES and place.is_dir() and (kind := _image_folders(place)): kinds.append((place, kind))
         for path, (what, do) in kinds:
             found.setdefault(what, (_shown(path, root), what, do.format(name=name, file=_shown(path, root))))
     return [(file, what, _for(name, what, do)) for file, what, do in found.values()]
 
-def _for(name, what, do): # sets that are split by class are made of other arrays, and two of them of CIFAR-100
+def _for(name, what,
+         do): # sets that are split by class are made of other arrays, and two of them of CIFAR-100
     if name in ('cifar_fs', 'fc100') and (what in FORMS or what == 'folders of images'):
         return f'CIFAR-100 itself is all that {name} needs: `relkd data get cifar100`'
-    return do.replace(_SAVE.format(name=name), _BY_CLASS.format()) if name in ('miniimagenet', 'omniglot') else do
+    return (do.replace(_SAVE.format(name=name), _BY_CLASS.format())
+            if name in ('miniimagenet', 'omniglot') else do)
 
 def _shown(path, root):
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path)

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from .arrays import PLAIN, check_labels, image_array, label_array, listed_classes, nchw, plain_place, read_plain, whole_folder
+from .arrays import (PLAIN, check_labels, image_array, label_array, listed_classes, nchw,
+                               plain_place, read_plain, whole_folder)
 from .forms import is_litter
 from .images import decode
 from .sets import Dataset
@@ -47,7 +48,8 @@ def _read_split_arrays(root, name):
 
 # %% ../../nbs/data/12_folder.ipynb #1b319c10
 KINDS = ('.png', '.jpg', '.jpeg', '.jfif', '.bmp', '.ppm', '.pgm', '.webp', '.tif', '.tiff', '.gif', '.avif',
-         '.heic', '.heif', '.jp2') # not all can be read everywhere; what cannot is named, and not left out without a word
+         # not all can be read everywhere; what cannot is named, and not left out without a word
+         '.heic', '.heif', '.jp2')
 
 def _hidden(path, folder): return is_litter(path.relative_to(folder).as_posix())
 
@@ -55,7 +57,8 @@ def _image_files(folder): # class -> sorted paths
     classes = sorted(p for p in folder.iterdir() if p.is_dir() and not _hidden(p, folder))
     def images(c): return sorted(f for f in c.rglob('*') if f.suffix.lower() in KINDS and not _hidden(f, c))
     found = {}
-    for c in classes: found.setdefault(unicodedata.normalize('NFC', c.name), []).extend(images(c)) # a Mac spells ä in two letters
+    # a Mac spells ä in two letters
+    for c in classes: found.setdefault(unicodedata.normalize('NFC', c.name), []).extend(images(c))
     if not found:
         raise ValueError(f"{folder} must hold one folder of images for each class; it holds no folder")
     if empty := [c for c, files in found.items() if not files]:
@@ -66,9 +69,11 @@ def _side_of(path): # of a square image
     try:
         with Image.open(path) as image: width, height = image.size
     except Exception as error:
-        raise ValueError(f"{path} is no image, or damaged ({type(error).__name__}): get the file again") from error
+        raise ValueError(
+            f"{path} is no image, or damaged ({type(error).__name__}): get the file again") from error
     if width != height:
-        raise ValueError(f"{path} has {height} x {width} pixels, not a square: choose a size for all, size=32")
+        raise ValueError(f"{path} has {height} x {width} pixels, not a square: choose a size for "
+                         "all, size=32")
     return width
 
 # %% ../../nbs/data/12_folder.ipynb #7fe21859
@@ -108,7 +113,8 @@ def _places(name):
     split_files = tuple(f'{name}/{f}' for f in ('images.npy', 'labels.npy', 'splits.json'))
     split_arrays = f'{name}/{{images,labels}}.npy with splits.json', split_files, _read_split_arrays
     def folders(part):
-        return f'{name}/train/CLASS/*.png with {name}/{part}/', (f'{name}/train', f'{name}/{part}'), _read_image_folder
+        return (f'{name}/train/CLASS/*.png with {name}/{part}/', (f'{name}/train', f'{name}/{part}'),
+                _read_image_folder)
     return plain_place(name), split_arrays, folders('test'), folders('val')
 
 def own_source(
@@ -131,7 +137,8 @@ def own_names(
     "The user's own data sets below the root."
     signs = PLAIN[0], 'splits.json', 'train'
     found = {p.parent.name for sign in signs for p in root.glob(f'*/{sign}')}
-    tiny = {p.parent.name for p in root.glob('*/wnids.txt')}             # Tiny ImageNet as its publisher packs it: another source reads it
+    # Tiny ImageNet as its publisher packs it: another source reads it
+    tiny = {p.parent.name for p in root.glob('*/wnids.txt')}
     return sorted(name for name in found - tiny if not name.startswith('.'))
 
 # %% ../../nbs/data/12_folder.ipynb #3ed63655
@@ -144,8 +151,10 @@ def import_folder(
 ) -> Dataset: # as it will be read. Raises ValueError for what is no such folder, and for a name that is taken
     "Images in folders of classes, decoded once into plain arrays."
     folder, target = Path(folder).expanduser().absolute(), root / name
-    if not folder.is_dir() or not (folder / 'train').is_dir() or not any((folder / s).is_dir() for s in ('test', 'val')):
-        raise ValueError(f"{folder} must hold train/CLASS/*.png and test/ or val/ likewise: move some of each class into test/")
+    if not folder.is_dir() or not (folder / 'train').is_dir() or not any((folder / s).is_dir()
+                                                                         for s in ('test', 'val')):
+        raise ValueError(f"{folder} must hold train/CLASS/*.png and test/ or val/ likewise: move some of "
+                         "each class into test/")
     if target.exists() or Path(name).name != name:
         raise ValueError(f"{target} is there already, or is no plain name: choose another")
     data = _read_image_folder(folder.parent, folder.name, size, grey)

@@ -30,7 +30,8 @@ FIRST = ( # bytes at the start of a file, what it is then, what to do
     (b'ARROW1', 'an arrow file', 'save its columns by np.save'),
     (b'\x80\x02', *PICKLE), (b'\x80\x03', *PICKLE), (b'\x80\x04', *PICKLE), (b'\x80\x05', *PICKLE),
     (b'MATLAB', "MATLAB's .mat", 'scipy.io.loadmat reads it'),
-    (b'\x00\x00\x08\x03', "MNIST's images", 'np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28, 1)'),
+    (b'\x00\x00\x08\x03', "MNIST's images",
+     'np.frombuffer(content, np.uint8, offset=16).reshape(-1, 28, 28, 1)'),
     (b'BM', 'a BMP image', 'save it as PNG'),
     (b'\x89PNG', 'a PNG image', ''),
     (b'\xff\xd8\xff', 'a JPEG image', ''),
@@ -88,9 +89,11 @@ def lines_of(content:bytes, where) -> list: # as `text_of`
     return lines
 
 # %% ../../nbs/data/04_forms.ipynb #45c4ee1e
-_MAKES_ARRAYS = {(f'numpy{core}', name) for core in ('.core.multiarray', '._core.multiarray', '.core.numeric', '._core.numeric', '')
+_MAKES_ARRAYS = {(f'numpy{core}', name)
+                 for core in ('.core.multiarray', '._core.multiarray', '.core.numeric', '._core.numeric', '')
                  for name in ('_reconstruct', 'scalar', '_frombuffer', 'ndarray', 'dtype')}
-_ALLOWED = _MAKES_ARRAYS | {('_codecs', 'encode'), ('collections', 'OrderedDict'), ('collections', 'defaultdict'),
+_ALLOWED = _MAKES_ARRAYS | {('_codecs', 'encode'), ('collections', 'OrderedDict'),
+                            ('collections', 'defaultdict'),
                             ('builtins', 'list'), ('__builtin__', 'list')}
 
 class _Arrays(pickle.Unpickler):
@@ -106,8 +109,8 @@ def read_pickle(
     try:
         with open(path, 'rb') as f: return _Arrays(f, encoding='latin1').load()
     except Exception as error:                          # a damaged pickle raises anything
-        raise ValueError(f"{path} is no pickle of arrays ({type(error).__name__}: {str(error)[:80]}): get it again, "
-                         "or save its arrays by np.save") from None
+        raise ValueError(f"{path} is no pickle of arrays ({type(error).__name__}: {str(error)[:80]}): get "
+                         "it again, or save its arrays by np.save") from None
 
 # %% ../../nbs/data/04_forms.ipynb #c96b75b3
 LITTER = 'thumbs.db', 'desktop.ini', '__macosx', 'icon\r'
@@ -116,7 +119,8 @@ def is_litter(
     name:str, # of a file, with / between the folders
 ) -> bool:
     "Is it something that a system left there?"
-    return any(part.startswith('.') and part not in ('.', '..') or part.lower() in LITTER for part in name.split('/'))
+    return any(part.startswith('.') and part not in ('.', '..') or part.lower() in LITTER
+               for part in name.split('/'))
 
 def plain_name(name:str) -> str:
     "One spelling for names that mean the same file."

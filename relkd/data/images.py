@@ -44,7 +44,8 @@ def read_pixels(
         raise ValueError(f"{where}: image {name} is missing or damaged ({type(error).__name__}): "
                          "get the file again") from error
     if pixels is None:
-        raise ValueError(f"{where}: image {name} has more than 8 bits a channel (mode {mode}): convert it to 8 bits")
+        raise ValueError(f"{where}: image {name} has more than 8 bits a channel (mode {mode}): convert it "
+                         "to 8 bits")
     return pixels[..., None] if grey else pixels
 
 def _resized(pixels, size): # (size, size, C)
@@ -94,5 +95,7 @@ def open_zip(
 ) -> zipfile.ZipFile: # raises ValueError if it is not whole
     "An archive, to be read entry by entry; nothing is unpacked."
     try: return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error: # a name that is no UTF-8, a later version
-        raise ValueError(f"{path} is not a whole zip archive ({error}): remove it and get it again") from error
+    # a name that is no UTF-8, a later version
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise ValueError(
+            f"{path} is not a whole zip archive ({error}): remove it and get it again") from error

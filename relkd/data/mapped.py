@@ -35,19 +35,22 @@ def map_images(
             np.lib.format.read_magic(f)
             shape, _, dtype = np.lib.format.read_array_header_1_0(f)
         except ValueError: shape, dtype = (), None
-        if dtype != np.uint8 or len(shape) != 4 or os.fstat(f.fileno()).st_size != f.tell() + math.prod(shape):
+        if (dtype != np.uint8 or len(shape) != 4
+            or os.fstat(f.fileno()).st_size != f.tell() + math.prod(shape)):
             raise ValueError(f"{path} is not a whole file of decoded images: remove it, and it is made again")
         if os.name == 'nt': content = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         else:
             uncounted = getattr(mmap, 'MAP_NORESERVE', 0x4000 if sys.platform == 'linux' else 0)
             content = mmap.mmap(f.fileno(), 0, mmap.MAP_PRIVATE | uncounted, mmap.PROT_READ | mmap.PROT_WRITE)
-        return torch.frombuffer(content, dtype=torch.uint8, offset=f.tell(), count=math.prod(shape)).view(shape)
+        return torch.frombuffer(content, dtype=torch.uint8, offset=f.tell(),
+                                count=math.prod(shape)).view(shape)
 
 # %% ../../nbs/data/15_mapped.ipynb #16865e8b
 def _resized(folder, name, size): # (3, size, size) uint8, or the reason why there is none, in words
     try: pixels = read_pixels((folder / name).read_bytes, name, folder)
     except ValueError as error:
-        return f"{name} ({type(error.__cause__).__name__ if error.__cause__ else 'more than 8 bits a channel'})"
+        why = type(error.__cause__).__name__ if error.__cause__ else 'more than 8 bits a channel'
+        return f"{name} ({why})"
     square = Image.fromarray(pixels).resize((size, size), Image.Resampling.BILINEAR)
     return np.ascontiguousarray(np.asarray(square).transpose(2, 0, 1))
 
@@ -77,13 +80,15 @@ def _key(folder, files): # 16 hexadecimal digits that change when a file does
 def _write(f, folder, files, size, workers):
     shape, bad = (len(files), 3, size, size), []
     np.lib.format.write_array_header_1_0(f, {'descr': '|u1', 'fortran_order': False, 'shape': shape})
-    with tqdm(_in_order(folder, files, size, workers), f'decoding {folder.name}', len(files), delay=5, disable=None,
+    with tqdm(_in_order(folder, files, size, workers), f'decoding {folder.name}', len(files),
+              delay=5, disable=None,
               unit=' images', ncols=96) as bar:
         for image in bar:
             if isinstance(image, str): bad.append(image)
             elif not bad: f.write(image)
     if bad:
-        raise ValueError(f"{folder}: {len(bad)} of {len(files)} images cannot be read: {_named(bad)}: get them again")
+        raise ValueError(f"{folder}: {len(bad)} of {len(files)} images cannot be read: {_named(bad)}: get "
+                         "them again")
     f.flush()
     os.fsync(f.fileno())
 
@@ -99,7 +104,7 @@ def decoded(
     size:int=256,         # height and width they are resized to
     num_workers:int=None, # threads; as many as there are processors by default
     into=None,            # folder of the decoded file; by default that of the data set
-) -> torch.Tensor: # (N, 3, size, size) uint8, mapped. Raises ValueError naming what is missing, damaged or not writable
+) -> torch.Tensor: # (N, 3, size, size) uint8, mapped. Raises ValueError if one is lost, damaged, read-only
     "Decode images into FOLDER/decoded-SIZE-KEY.npy, unless that is there, and map it."
     folder, workers = Path(folder), os.cpu_count() if num_workers is None else num_workers
     into = Path(into or folder)
@@ -118,8 +123,9 @@ def decoded(
         part.replace(path)
         _tidy(path, size)
     except OSError as error:
-        raise ValueError(f"cannot write decoded images into {into} ({error.strerror or error}): make room, or name another folder for "
-                         "them by RELKD_CACHE, or link the set into a folder that can be written to") from error
+        raise ValueError(f"cannot write decoded images into {into} ({error.strerror or error}): make room, "
+                         "or name another folder for them by RELKD_CACHE, or link the set into a folder that "
+                         "can be written to") from error
     finally:
         if part: part.unlink(missing_ok=True)
     return map_images(path)

@@ -18,4 +18,5 @@ _FILES = tuple(f'miniimagenet/{f}' for f in ('images', *(f'{s}.csv' for s in SPL
 _LISTED = 'miniimagenet/images/ with {train,val,test}.csv', _FILES, _IMAGES[2]
 
 MINIIMAGENET = Source('miniimagenet', (_ARRAYS, _LISTED, _IMAGES, _PICKLES),
-                      "place your copy there: images/ and Ravi and Larochelle's lists with the columns filename,label")
+                      "place your copy there: images/ and Ravi and Larochelle's lists with the columns "
+                      "filename,label")

@@ -48,8 +48,9 @@ def nearest_resize(
 # %% ../../nbs/data/10_omniglot.ipynb #78df8c6d
 HELD_OUT_ALPHABETS = {  # Vinyals et al. 2016: alphabets, and four characters of one
     'val': 'Armenian Bengali Early_Aramaic Hebrew Mkhedruli_(Georgian)',
-    'test': 'Gurmukhi/character42 Gurmukhi/character43 Gurmukhi/character44 Gurmukhi/character45 Kannada Keble Malayalam '
-            'Manipuri Mongolian Old_Church_Slavonic_(Cyrillic) Oriya Sylheti Syriac_(Serto) Tengwar Tibetan ULOG'}
+    'test': 'Gurmukhi/character42 Gurmukhi/character43 Gurmukhi/character44 Gurmukhi/character45 Kannada '
+            'Keble Malayalam Manipuri Mongolian Old_Church_Slavonic_(Cyrillic) Oriya Sylheti Syriac_(Serto) '
+            'Tengwar Tibetan ULOG'}
 
 def _characters(path): # (alphabet, character) of each label
     rows = read_csv(path, ('label', 'alphabet', 'character'))
@@ -62,13 +63,15 @@ def _characters(path): # (alphabet, character) of each label
 def _small(images, resize, folder): # (N, 1, 28, 28) uint8
     if images.shape[1:] == (28, 28): # somebody shrank them: the greys are what they are
         if resize != 'area':
-            raise ValueError(f"{folder} holds drawings that were shrunk to 28 x 28 already: resize={resize!r} needs the publisher's")
+            raise ValueError(f"{folder} holds drawings that were shrunk to 28 x 28 already: "
+                             f"resize={resize!r} needs the publisher's")
         return images[:, None] * (255 if images.max() <= 1 else 1)
     shrink = area_resize if resize == 'area' else nearest_resize
     return torch.cat([shrink(part.gt(0).to(torch.uint8)[:, None] * 255, 28) for part in images.split(1024)])
 
 def _read(root, name, resize='area'):
-    "Omniglot from `omniglot/{images,labels}.npy`, (N, 105, 105) with 1 = ink or (N, 28, 28), and characters.csv."
+    """Omniglot from `omniglot/{images,labels}.npy`, (N, 105, 105) with 1 = ink or
+    (N, 28, 28), and characters.csv."""
     folder = _folder(root)
     if resize not in ('area', 'nearest'):
         raise ValueError(f"omniglot is shrunk with resize 'area' or 'nearest'; got {resize!r}")
@@ -83,13 +86,15 @@ def _read(root, name, resize='area'):
     return Dataset(name, turned, torch.cat([labels + k * len(characters) for k in range(4)]), splits, classes)
 
 # %% ../../nbs/data/10_omniglot.ipynb #bc273da4
-EVALUATION = ('Angelic Atemayar_Qelisayer Atlantean Aurek-Besh Avesta Ge_ez Glagolitic Gurmukhi Kannada Keble Malayalam '
-              'Manipuri Mongolian Old_Church_Slavonic_(Cyrillic) Oriya Sylheti Syriac_(Serto) Tengwar Tibetan ULOG')
+EVALUATION = ('Angelic Atemayar_Qelisayer Atlantean Aurek-Besh Avesta Ge_ez Glagolitic Gurmukhi Kannada '
+              'Keble Malayalam Manipuri Mongolian Old_Church_Slavonic_(Cyrillic) Oriya Sylheti '
+              'Syriac_(Serto) Tengwar Tibetan ULOG')
 
 def upright(
     data, # Omniglot with its four turns
 ): # a Dataset of a quarter of the images, split by alphabets into 'train' and 'test'
-    "The characters without turns; the publisher's background alphabets to train on, its evaluation ones for retrieval."
+    """The characters without turns; the publisher's background alphabets to train on,
+    its evaluation ones for retrieval."""
     n = len(data.classes) // 4
     drawn, classes = data.labels < n, tuple(c.removesuffix('/rot000') for c in data.classes[:n])
     splits = held_out_splits([{c.split('/')[0]} for c in classes], {'test': EVALUATION})
@@ -118,7 +123,8 @@ def _inked(entries, names): # (N, 105, 105), 1 = ink; or (N, 28, 28), 255 = ink
     parts = [x[..., 0] for x in decode(names, entries.read, entries.path, size, grey=True, advice=advice)]
     ink = np.concatenate([255 - x if size == 28 else (x < 128).astype(np.uint8) for x in parts])
     if ink.mean() > .5 * ink.max():
-        raise ValueError(f"{entries.path} holds more ink than paper: its drawings are inverted, white on black; invert them again")
+        raise ValueError(f"{entries.path} holds more ink than paper: its drawings are inverted, white on "
+                         "black; invert them again")
     return ink
 
 # %% ../../nbs/data/10_omniglot.ipynb #2773d1ed
@@ -128,14 +134,17 @@ def _unpack(root, name, resize='area'):
     for subset, path in _lying(root):
         with Entries(path) as entries:
             drawings = _drawings(entries, subset)
-            if not drawings: raise ValueError(f"{path} holds no drawing ALPHABET/characterNN/*.png that is not turned: get the publisher's")
+            if not drawings:
+                raise ValueError(f"{path} holds no drawing ALPHABET/characterNN/*.png that is not turned: "
+                                 "get the publisher's")
             keys = dict.fromkeys(d[:3] for d in drawings)
             rows += [(len(rows) + i, *key) for i, key in enumerate(keys)]
             number = {r[1:]: r[0] for r in rows}
             labels += [number[d[:3]] for d in drawings]
             images.append(_inked(entries, [d[3] for d in drawings]))
     if len({x.shape[1:] for x in images}) > 1:
-        raise ValueError(f"{root / 'omniglot-py'} holds drawings of 105 x 105 pixels and of 28 x 28: take either")
+        raise ValueError(f"{root / 'omniglot-py'} holds drawings of 105 x 105 pixels and of 28 x 28: "
+                         "take either")
     with whole_folder(_target(root)) as part:
         stamp(part, [path for _, path in _lying(root)])
         np.save(part / 'images.npy', np.concatenate(images))
@@ -148,7 +157,8 @@ def _target(root): # where the arrays are made: beside drawings that lie in omni
     return folder / 'arrays' if folder.exists() else folder
 
 def _folder(root): # of the arrays, or None
-    places = [at / 'omniglot' / below for at in dict.fromkeys((cache_root(root), root.absolute())) for below in ('arrays', '')]
+    places = [at / 'omniglot' / below for at in dict.fromkeys((cache_root(root), root.absolute()))
+              for below in ('arrays', '')]
     return next((p for p in places if all((p / f).exists() for f in _KEPT)), None)
 
 def _get(root, progress):
@@ -161,8 +171,10 @@ def _get(root, progress):
 _KEPT = 'images.npy', 'labels.npy', 'characters.csv'
 _ZIPS = tuple(f'omniglot-py/{s}.zip' for s in SUBSETS)
 
-def _arrays(root): return None if (p := _folder(root)) is None else tuple(str((p / f).absolute()) for f in _KEPT)
-def _drawn(root): return None if (found := _lying(root)) is None else tuple(str(p.absolute()) for _, p in found)
+def _arrays(root):
+    return None if (p := _folder(root)) is None else tuple(str((p / f).absolute()) for f in _KEPT)
+def _drawn(root):
+    return None if (found := _lying(root)) is None else tuple(str(p.absolute()) for _, p in found)
 
 OMNIGLOT = Source('omniglot', (('omniglot/{images,labels}.npy with characters.csv', _arrays, _read),
                                ('omniglot-py/images_{background,evaluation}.zip', _ZIPS, _unpack),

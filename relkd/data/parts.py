@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from .arrays import image_array, label_array, listed_classes, nchw, read_csv, whole_folder, write_csv
+from .arrays import (image_array, label_array, listed_classes, nchw, read_csv,
+                               whole_folder, write_csv)
 from .entries import Entries, check_stamp, stamp
 from .finds import inside, near
 from .forms import plain_name, read_pickle
@@ -26,7 +27,8 @@ from .source import cache_root
 # %% ../../nbs/data/06_parts.ipynb #1388fd86
 SPLITS = 'train', 'val', 'test'
 _KEPT = 'images.npy', 'labels.npy', 'classes.csv'
-_PART = {'train': 'train', 'train_phase_train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
+_PART = {'train': 'train', 'train_phase_train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val',
+         'test': 'test'}
 
 @dataclass(frozen=True)
 class Parts:
@@ -35,7 +37,7 @@ class Parts:
     size:int          # height and width of an image
     pickles:tuple     # patterns of the names of three files; the group is the part
     resize:bool=False # bring images of other sizes to that one; else they are refused
-    named:tuple=()    # lists of classes, in a folder of the set that it is cut from: 'splits/bertinetto/{}.txt'
+    named:tuple=()  # lists of classes, in a folder of the set that it is cut from: 'splits/bertinetto/{}.txt'
 
 def _own(root, of): # folders of its own name
     return sorted((p for p in near(root, of.name, first=True) if p.is_dir()), key=lambda p: p.name != of.name)
@@ -71,7 +73,8 @@ def _lists(folder, forms): # none unless all three of a form are there
 def _copy(folder, forms): # None if nothing whole lies there
     parts = tuple(p for p in inside(folder) if p.is_dir() and p.name.lower() in _PART)
     parts = parts if {_PART[p.name.lower()] for p in parts} == set(SPLITS) else ()
-    held = next(((p,) for n in ('images', 'images.zip', 'data') if inside(p := folder / n) or p.is_file()), parts)
+    held = next(((p,) for n in ('images', 'images.zip', 'data') if inside(p := folder / n) or p.is_file()),
+                parts)
     if held and (lists := _lists(folder, forms)): return _Copy(folder, lists, held)
     return _Copy(folder, {}, parts) if parts else None
 
@@ -95,11 +98,13 @@ def _in_folders(lists, entries): # split -> pairs, of lists that name classes
         if m := re.fullmatch(rf'(?:data/)?([^/]+)/{_IMAGE}', name, re.I): held[m[1]].append((name, m[1]))
     named = {s: listed_classes(f) for s, f in lists.items()}
     if lost := next(((f, c) for s, f in lists.items() for c in named[s] if c not in held), None):
-        raise ValueError(f"{lost[0]} names class {lost[1]!r}, of which {entries.path} holds no image: get the set again")
+        raise ValueError(f"{lost[0]} names class {lost[1]!r}, of which {entries.path} holds no image: get "
+                         "the set again")
     return {s: [pair for c in classes for pair in held[c]] for s, classes in named.items()}
 
 def _listed(copy, entries): # split -> pairs (file, class)
-    if copy.lists and copy.lists['train'].suffix == '.csv': return {s: _rows_of(f) for s, f in copy.lists.items()}
+    if copy.lists and copy.lists['train'].suffix == '.csv':
+        return {s: _rows_of(f) for s, f in copy.lists.items()}
     if copy.lists: return _in_folders(copy.lists, entries)
     found = {s: [] for s in SPLITS}
     for name in entries.names:
@@ -110,7 +115,8 @@ def _listed(copy, entries): # split -> pairs (file, class)
 # %% ../../nbs/data/06_parts.ipynb #55941202
 def _once(path, pairs): # without lines that stand twice
     once = list(dict.fromkeys(pairs))
-    if len(once) < len(pairs): warnings.warn(f"{path} names {len(pairs) - len(once)} images twice: they count once")
+    if len(once) < len(pairs):
+        warnings.warn(f"{path} names {len(pairs) - len(once)} images twice: they count once")
     return once
 
 def _checked(copy, lists): # the same. Raises ValueError for a file outside, or a class or a file in two parts
@@ -124,7 +130,8 @@ def _checked(copy, lists): # the same. Raises ValueError for a file outside, or 
             if classes.setdefault(c, split) != split:
                 raise ValueError(f"{path} shares class {c!r} with another list: a class belongs to one split")
             if files.setdefault(plain_name(file), c) != c:
-                raise ValueError(f"{path} gives {file!r} to class {c!r}, and it is in class {files[plain_name(file)]!r} already")
+                raise ValueError(f"{path} gives {file!r} to class {c!r}, and it is in class "
+                                 f"{files[plain_name(file)]!r} already")
     return lists
 
 # %% ../../nbs/data/06_parts.ipynb #c8ed5daf
@@ -133,20 +140,23 @@ def _keep(root, of, folder, paths, lists, write): # lists: split -> class of eac
     number = {row: i for i, row in enumerate(rows)}
     with whole_folder(_target(root, of, folder)) as part:
         write(part / 'images.npy')
-        np.save(part / 'labels.npy', np.array([number[s, c] for s in SPLITS for c in lists[s]], dtype=np.int64))
+        np.save(part / 'labels.npy',
+                np.array([number[s, c] for s in SPLITS for c in lists[s]], dtype=np.int64))
         write_csv(part / 'classes.csv', ('split', 'class'), rows)
         stamp(part, paths)
 
 def _of_images(of, root, name):
     "Decode the images as listed, once, into arrays, then read those."
     if not (copy := _lying(root, of)):
-        raise ValueError(f"{root / of.name}/images/ holds no image: place them there, or in train/CLASS/, val/CLASS/ and test/CLASS/")
+        raise ValueError(f"{root / of.name}/images/ holds no image: place them there, or in train/CLASS/, "
+                         "val/CLASS/ and test/CLASS/")
     alone = len(copy.held) == 1 and copy.held[0].name != 'data'
     with Entries(copy.held[0] if alone else copy.folder) as entries:
         lists = _checked(copy, _listed(copy, entries))
         files = [file for split in SPLITS for file, _ in lists[split]]
         def write(path): save_images(path, files, entries.read, entries.path, of.size, of.resize)
-        _keep(root, of, copy.folder, copy.paths, {s: [c for _, c in pairs] for s, pairs in lists.items()}, write)
+        _keep(root, of, copy.folder, copy.paths,
+              {s: [c for _, c in pairs] for s, pairs in lists.items()}, write)
     return _read(of, root, name)
 
 def _made_of(root, of): # paths of what lies there now, in the form that would be read
@@ -165,7 +175,8 @@ def _read(of, root, name):
 def _pickled(root, of): # the three files, or None
     for folder in (*_folders(root, of), Path(root)):
         for pattern in of.pickles:
-            found = {_PART[m[1].lower()]: p for p in folder.glob('*.p*') if (m := re.fullmatch(pattern, p.name, re.I))}
+            found = {_PART[m[1].lower()]: p for p in folder.glob('*.p*')
+                     if (m := re.fullmatch(pattern, p.name, re.I))}
             if set(found) == set(SPLITS): return [found[s] for s in SPLITS]
 
 def _of_pickle(of, path, split): # images (N, size, size, 3) and their classes
@@ -178,7 +189,8 @@ def _of_pickle(of, path, split): # images (N, size, size, 3) and their classes
         else:
             images, classes = np.asarray(d['data']), [f'{split}{int(n):02}' for n in d['labels']]
         got = f'{images.dtype} {images.shape} and {len(classes)} labels'
-        if images.dtype == np.uint8 and images.shape == (len(classes), of.size, of.size, 3): return images, classes
+        if images.dtype == np.uint8 and images.shape == (len(classes), of.size, of.size, 3):
+            return images, classes
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, UnicodeDecodeError): pass
     raise ValueError(f"{path} must hold image_data and class_dict, or data and labels, of uint8 images "
                      f"(N, {of.size}, {of.size}, 3); it holds {got}")

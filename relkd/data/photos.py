@@ -17,12 +17,15 @@ from .sets import Dataset
 from .source import Source, cache_root
 
 # %% ../../nbs/data/16_photos.ipynb #4d204031
-IMAGENET = (.485, .456, .406), (.229, .224, .225)   # means and deviations that pretrained networks were trained with
+# means and deviations that pretrained networks were trained with
+IMAGENET = (.485, .456, .406), (.229, .224, .225)
 LARGEST = 8 * 2**30                                 # bytes of images that still go to a GPU whole
-DUE = {'cub200': (200, 5864, 5924), 'cars196': (196, 8054, 8131), 'sop': (22634, 59551, 60502)} # classes, train, test
+# classes, train, test
+DUE = {'cub200': (200, 5864, 5924), 'cars196': (196, 8054, 8131), 'sop': (22634, 59551, 60502)}
 
 def _check(name, folder, rows):
-    "Raise ValueError for a file outside the folder, a class in two splits, or an empty split; warn of other counts."
+    """Raise ValueError for a file outside the folder, a class in two splits, or an empty split;
+    warn of other counts."""
     for _, _, _, file in rows:
         if '..' in PurePosixPath(file).parts or PurePosixPath(file).is_absolute():
             raise ValueError(f"the lists of {folder} must name files inside it; got {file!r}")
@@ -42,8 +45,10 @@ def _photos(name, folder, rows, size=256, num_workers=None, on_host=None): # a D
     rows = sorted(rows, key=lambda row: (row[0] != 'train', row[1]))
     number = {c: i for i, c in enumerate(dict.fromkeys(c for _, c, _, _ in rows))}
     named = {c: class_name for _, c, class_name, _ in reversed(rows)}
-    splits = {s: tuple(dict.fromkeys(number[c] for split, c, _, _ in rows if split == s)) for s in ('train', 'test')}
-    images = decoded(folder, [file for *_, file in rows], size, num_workers, cache_root(folder.parent) / folder.name)
+    splits = {s: tuple(dict.fromkeys(number[c] for split, c, _, _ in rows if split == s))
+              for s in ('train', 'test')}
+    images = decoded(folder, [file for *_, file in rows], size, num_workers,
+                     cache_root(folder.parent) / folder.name)
     host = images.numel() > LARGEST if on_host is None else bool(on_host)
     labels = torch.tensor([number[c] for _, c, _, _ in rows])
     return Dataset(name, images, labels, splits, tuple(named[c] for c in number), IMAGENET, host)
@@ -68,7 +73,8 @@ def _read_cub(root, name, **options):
     files = dict(_rows(folder / 'images.txt', 'image_id path', 1))
     labels = dict(_rows(folder / 'image_class_labels.txt', 'image_id class_id', 2))
     if lost := sorted(set(files) ^ set(labels)):
-        raise ValueError(f"image {lost[0]} is in only one of images.txt and image_class_labels.txt of {folder}")
+        raise ValueError(f"image {lost[0]} is in only one of images.txt and image_class_labels.txt "
+                         f"of {folder}")
     rows = [(labels[i], file) for i, file in files.items()]
     rows = [('train' if c <= 100 else 'test', c, file.split('/')[0], f'images/{file}') for c, file in rows]
     return _photos(name, folder, rows, **options)
@@ -86,7 +92,8 @@ def _matlab(path, field, *columns): # an array of records, or of names
     from scipy.io import loadmat
     try:
         found = loadmat(path, squeeze_me=True)[field]
-        return [tuple(row) for row in found[list(columns)].ravel()] if columns else [str(n) for n in found.ravel()]
+        return ([tuple(row) for row in found[list(columns)].ravel()]
+                if columns else [str(n) for n in found.ravel()])
     except Exception as error:                          # it reads several formats, each with its own errors
         what = f"{field!r} with {', '.join(columns)}" if columns else repr(field)
         raise ValueError(f"{path} must be a .mat file that holds {what} ({type(error).__name__}): "
@@ -94,8 +101,10 @@ def _matlab(path, field, *columns): # an array of records, or of names
 
 def _cars(name, folder, pairs, names, **options): # pairs of (file, class from 1)
     if wrong := next(((f, c) for f, c in pairs if not 1 <= int(c) <= len(names)), None):
-        raise ValueError(f"{folder}: image {wrong[0]} has class {wrong[1]}; there are names for 1 to {len(names)}")
-    rows = [('train' if c <= 98 else 'test', int(c), names[int(c) - 1].replace('/', '-'), str(f)) for f, c in pairs]
+        raise ValueError(f"{folder}: image {wrong[0]} has class {wrong[1]}; there are names for 1 to "
+                         f"{len(names)}")
+    rows = [('train' if c <= 98 else 'test', int(c), names[int(c) - 1].replace('/', '-'), str(f))
+            for f, c in pairs]
     return _photos(name, folder, rows, **options)
 
 def _read_cars(root, name, **options):
@@ -112,7 +121,8 @@ def _read_devkit(root, name, **options):
     "Cars196 as torchvision has it: cars_train/, cars_test/, and their annotations."
     folder, pairs = root / 'stanford_cars', []
     for part, path in _DEVKIT.items():
-        pairs += [(f'{part}/{file}', c) for file, c in _matlab(folder / path, 'annotations', 'fname', 'class')]
+        pairs += [(f'{part}/{file}', c) for file,
+                  c in _matlab(folder / path, 'annotations', 'fname', 'class')]
     return _cars(name, folder, pairs, _matlab(folder / _NAMES, 'class_names'), **options)
 
 # %% ../../nbs/data/16_photos.ipynb #4e2767c7

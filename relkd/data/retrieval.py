@@ -11,8 +11,9 @@ import torch
 # %% ../../nbs/data/14_retrieval.ipynb #b49f919f
 def class_groups(
     data, # a Dataset whose classes are named 'group/class'
-) -> tuple: # (C,) int64, the number of each class's group, and names of the groups, in order of first appearance
-    "Which group (alphabet, kind of product) each class belongs to; classes without a slash are one group, named ''."
+) -> tuple: # (C,) int64, the number of each class's group, and names of the groups as they first appear
+    """Which group (alphabet, kind of product) each class belongs to;
+    classes without a slash are one group, named ''."""
     of_class = [c.rpartition('/')[0] for c in data.classes]
     number = {name: i for i, name in enumerate(dict.fromkeys(of_class))}
     return torch.tensor([number[name] for name in of_class]), tuple(number)

@@ -48,7 +48,8 @@ def divisor(
     if constant := [k for k, s in enumerate(std.flatten().tolist()) if not s > 0]:
         more = f' ({len(constant)} such channels)' if len(constant) > 1 else ''
         warnings.warn(f"channel {constant[0]} of {name} is the same in all training images{more}: "
-                      "it can teach nothing; were the images divided by 255 before they became bytes?", stacklevel=3)
+                      "it can teach nothing; were the images divided by 255 before they became bytes?",
+                      stacklevel=3)
     return torch.where(std > 0, std, torch.ones_like(std))
 
 # %% ../../nbs/data/00_sets.ipynb #2587254e
@@ -60,8 +61,10 @@ class _Divided:
     labels:torch.Tensor  # (N,) int64, numbers of classes
     splits:dict          # 'train', 'test', ... -> range of samples, or all of them -> tuple of class numbers
     classes:tuple        # names of the classes
-    stats:tuple=None     # means and deviations to normalise by, in units of 0..1; by default of the training images
-    on_host:bool=False   # too many for a GPU: images stay in the host's memory, batches move to the labels' device
+    # means and deviations to normalise by, in units of 0..1; by default of the training images
+    stats:tuple=None
+    # too many for a GPU: images stay in the host's memory, batches move to the labels' device
+    on_host:bool=False
 
     def __post_init__(self): check_set(self)
 
@@ -124,7 +127,8 @@ class _Read(_Divided):
     @cached_property
     def mean_std(self) -> tuple: # two tensors (C, 1, 1), in units of 0..1
         "Channel means and standard deviations of the training images, or those that were given."
-        if self.stats: return tuple(torch.tensor(s, device=self.labels.device)[:, None, None] for s in self.stats)
+        if self.stats:
+            return tuple(torch.tensor(s, device=self.labels.device)[:, None, None] for s in self.stats)
         mean, std = channel_statistics(self.train_images)
         return mean, divisor(std, self.name)
 
@@ -145,7 +149,8 @@ class _Read(_Divided):
 
 # %% ../../nbs/data/00_sets.ipynb #9de022bb
 class Dataset(_Read):
-    "A data set, in memory or mapped from a file, and its split. Raises ValueError for a split that cannot be."
+    """A data set, in memory or mapped from a file, and its split.
+    Raises ValueError for a split that cannot be."""
     @property
     def counts(self) -> dict: # split -> number of images
         return {s: len(self.labels[_chosen(self, s)]) for s in self.splits}
@@ -156,7 +161,8 @@ class Dataset(_Read):
         return _fingerprint(self)
 
     def to(self, device) -> 'Dataset':
-        "The same data on `device`, or the labels alone with `on_host`; the fingerprint, if known, stays known."
+        """The same data on `device`, or the labels alone with `on_host`;
+        the fingerprint, if known, stays known."""
         images = self.images if self.on_host else self.images.to(device)
         moved = replace(self, images=images, labels=self.labels.to(device))
         if 'fingerprint' in self.__dict__:

@@ -67,8 +67,8 @@ def _lacking(source, root): # the error's text
     places = ' and '.join(p[0] for p in source.places)
     others = in_words(finds(root, source.name))
     there = '' if root.is_dir() else ' (there is no such folder)'
-    return (f"data set {source.name!r} is not in {root}{there}: looked for {places}{missing}{others}; {source.how} "
-            "(RELKD_DATA names another folder)")
+    return (f"data set {source.name!r} is not in {root}{there}: looked for {places}{missing}{others}; "
+            f"{source.how} (RELKD_DATA names another folder)")
 
 def _found(source, root): # what lies in a folder of the right name, if nothing that is looked for does
     fixed = [p for p in source.places if not callable(p[1])]
@@ -81,11 +81,14 @@ def _found(source, root): # what lies in a folder of the right name, if nothing 
 class Source:
     "A data set by name: the places where it may lie, and how to get it."
     name:str
-    places:tuple     # of (words, files below the root or what finds them or None, reader (root, name)); the first that is whole is read
+    # of (words, files below the root or what finds them or None, reader (root, name)); the first that is
+    # whole is read
+    places:tuple
     how:str          # to get it, in words
     get:object=None  # function of (root, progress) that downloads it, if it can be downloaded
     options:tuple=() # names of what a reader may choose
-    splits:dict=field(default_factory=dict) # 'retrieval' -> function of the Dataset that gives it split otherwise
+    # 'retrieval' -> function of the Dataset that gives it split otherwise
+    splits:dict=field(default_factory=dict)
 
     def place(self,
         root:Path,
@@ -155,7 +158,8 @@ def fetch_torchvision(
         socket.setdefaulttimeout(60)
         root.mkdir(parents=True, exist_ok=True)
         make()
-    except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, RuntimeError, EOFError, HTTPException, tarfile.TarError, zipfile.BadZipFile,
+            zlib.error) as error:
         raise ValueError(f"{name} could not be downloaded into {root} ({_first_line(error)}): "
                          "try again, or place the files there") from error
     finally: socket.setdefaulttimeout(before)

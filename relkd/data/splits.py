@@ -18,8 +18,8 @@ def _check_ranges(d):
     end = 0
     for split, part in sorted(d.splits.items(), key=lambda s: s[1].start):
         if part.step != 1 or part.start < end or part.stop > len(d.labels):
-            raise ValueError(f"split {split!r} of {d.name} is {part}: it must be a range of the {len(d.labels)} "
-                             "samples, in steps of 1, that shares none with another split")
+            raise ValueError(f"split {split!r} of {d.name} is {part}: it must be a range of the "
+                             f"{len(d.labels)} samples, in steps of 1, that shares none with another split")
         end = part.stop
 
 def _check_classes(d):
@@ -30,7 +30,8 @@ def _check_classes(d):
             raise ValueError(f"split {split!r} of {d.name} names an unknown class {c!r}: "
                              f"classes are numbered from 0 to {len(d.classes) - 1}")
         if c in seen:
-            raise ValueError(f"the splits of {d.name} share class {d.classes[c]!r}: a class belongs to one split")
+            raise ValueError(f"the splits of {d.name} share class {d.classes[c]!r}: a class belongs to "
+                             "one split")
         if c not in there:
             raise ValueError(f"class {d.classes[c]!r} in split {split!r} of {d.name} has no image")
         seen.add(c)
@@ -44,11 +45,13 @@ def check_set(
         raise ValueError(f"{d.name} needs uint8 images (N, C, H, W) and labels (N,); got {d.images.dtype} "
                          f"{tuple(d.images.shape)} and {tuple(d.labels.shape)}")
     if len({isinstance(part, range) for part in d.splits.values()}) > 1:
-        raise ValueError(f"the splits of {d.name} must be all ranges of samples or all tuples of class numbers")
+        raise ValueError(f"the splits of {d.name} must be all ranges of samples or all tuples of "
+                         "class numbers")
     for split in dict.fromkeys(('train', 'test', *d.splits)):
         if not d.splits.get(split):
             what = 'class' if d.by_class else 'image'
-            raise ValueError(f"{d.name} has no {what} in split {split!r}: 'train', 'test' and any other need one")
+            raise ValueError(f"{d.name} has no {what} in split {split!r}: 'train', 'test' and any "
+                             "other need one")
     if len(d.labels) and not 0 <= int(d.labels.min()) <= int(d.labels.max()) < len(d.classes):
         raise ValueError(f"labels of {d.name} must be from 0 to {len(d.classes) - 1}; "
                          f"got {int(d.labels.min())} to {int(d.labels.max())}")

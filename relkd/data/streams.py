@@ -20,17 +20,20 @@ class Stream:
     - `labels`: (n,) class numbers of the n samples that it draws from, on their device;
     - `batch_size`: samples of a step;
     - `len(stream)`: steps of an epoch;
-    - `epoch(number)`: yields (index, images, labels) step by step, all on that device: index (B,) int64 is the PLACE
-      of each sample among the n, images (B, C, H, W) are float32 and normalised, labels are what the task's loss asks
-      for: class numbers (B,), or for episodes those of the queries within the episode.
+    - `epoch(number)`: yields (index, images, labels) step by step, all on that device: index
+    (B,) int64 is the PLACE
+      of each sample among the n, images (B, C, H, W) are float32 and normalised, labels are what the task's
+      loss asks for: class numbers (B,), or for episodes those of the queries within the episode.
 
-    The same number gives the same batches, in any order and in any process: they are a function of (`seed`, number)."""
+    The same number gives the same batches, in any order and in any process: they are a function of
+    (`seed`, number)."""
     data:Dataset         # where the samples come from, on the device that trains
     labels:torch.Tensor
     batch_size:int
     seed:int
 
-    def __len__(self) -> int: raise NotImplementedError(f"{type(self).__name__} must say how many steps an epoch has")
+    def __len__(self) -> int:
+        raise NotImplementedError(f"{type(self).__name__} must say how many steps an epoch has")
 
     def epoch(self,
         number:int, # 0, 1, 2, ...
@@ -59,8 +62,9 @@ class Batches(Stream):
         self.index = (torch.arange(len(labels)) if self.index is None else self.index).to(labels.device)
         inside = len(self.index) > 0 and 0 <= self.index.min() <= self.index.max() < len(labels)
         if self.batch_size < 1 or not inside:
-            raise ValueError(f"Batches needs a batch of at least 1 and positions from 0 to {len(labels) - 1}; "
-                             f"got batch_size = {self.batch_size} and {len(self.index)} positions")
+            raise ValueError("Batches needs a batch of at least 1 and positions from 0 to "
+                             f"{len(labels) - 1}; got batch_size = {self.batch_size} and {len(self.index)} "
+                             "positions")
         self.labels = labels[self.index]
         self.batch_size = min(self.batch_size, len(self.index))
 

@@ -28,20 +28,24 @@ def _lines(e, name): # of a text; none if there is no such entry
     if name not in e.names: return []
     try: return lines_of(e.read(name), name)
     except Exception as error:                          # each way of packing has its own errors
-        raise ValueError(f"{e.path}: {name} is damaged ({type(error).__name__}): get the file again") from error
+        raise ValueError(
+            f"{e.path}: {name} is damaged ({type(error).__name__}): get the file again") from error
 
 def _tested(e, top): # pairs (entry, class) of the test images, in the publisher's order
     notes = [row.split('\t')[:2] for row in _lines(e, f'{top}val/val_annotations.txt') if row]
-    there = [m for n in e.names if (m := re.fullmatch(re.escape(top) + r'val/(?:(n\d+)/)?(?:images/)?([^/]+\.jpe?g)', n, re.I))]
+    there = [m for n in e.names
+             if (m := re.fullmatch(re.escape(top) + r'val/(?:(n\d+)/)?(?:images/)?([^/]+\.jpe?g)', n, re.I))]
     found = {m[2].lower(): m[0] for m in there}
     if notes: # the usual script moves the images into folders of classes, and may leave the list
         return [(found.get(row[0].lower(), f'{top}val/images/{row[0]}'), row[-1]) for row in notes]
-    in_order = sorted((m for m in there if m[1]), key=lambda m: [int(n) for n in re.findall(r'\d+', m[2])] or [0])
+    in_order = sorted((m for m in there if m[1]),
+                      key=lambda m: [int(n) for n in re.findall(r'\d+', m[2])] or [0])
     return [(m[0], m[1]) for m in in_order]
 
 # %% ../../nbs/data/09_tinyimagenet.ipynb #e0494387
 def _contents(e):
-    "Entries and labels of training and test images, and names of the classes. Raises ValueError if one is missing."
+    """Entries and labels of training and test images, and names of the classes.
+    Raises ValueError if one is missing."""
     top = e.top(_TRAIN)
     test = [] if top is None else _tested(e, top)
     if not test:
@@ -52,7 +56,8 @@ def _contents(e):
     ids = sorted({wnid for wnid, *_ in train})
     number = {w: i for i, w in enumerate(ids)}
     if lost := sorted({*_lines(e, f'{top}wnids.txt'), *(wnid for _, wnid in test)} - {*ids, ''}):
-        raise ValueError(f"{e.path} holds no training image of class {lost[0]}: it is not whole, get it again")
+        raise ValueError(f"{e.path} holds no training image of class {lost[0]}: it is not whole, "
+                         "get it again")
     words = dict(row.split('\t')[:2] for row in _lines(e, f'{top}words.txt') if '\t' in row)
     names = [f"{w} {words.get(w, '').split(',')[0]}".rstrip() for w in ids]
     return {'train': ([n for *_, n in train], [number[w] for w, *_ in train]),
@@ -60,11 +65,13 @@ def _contents(e):
 
 # %% ../../nbs/data/09_tinyimagenet.ipynb #e2f721ce
 def _source(root): # the zip, or a folder that holds train/
-    def whole(p): return p.suffix == '.zip' if p.is_file() else any(p.glob('train/n*')) or any(p.glob('*/train/n*'))
+    def whole(p):
+        return p.suffix == '.zip' if p.is_file() else any(p.glob('train/n*')) or any(p.glob('*/train/n*'))
     return next((p for p in near(root, 'tinyimagenet') if whole(p)), None)
 
 def _kept(root): # where its arrays are
-    places = [at / 'tinyimagenet' / below for at in dict.fromkeys((cache_root(root), root.absolute())) for below in ('arrays', '')]
+    places = [at / 'tinyimagenet' / below for at in dict.fromkeys((cache_root(root), root.absolute()))
+              for below in ('arrays', '')]
     return next((f for f in places if all((f / n).exists() for n in PLAIN)), None)
 
 def _read(root, name):
@@ -80,7 +87,8 @@ def _unpack(root, name):
     with Entries(source) as e:
         parts, names = _contents(e)
         if (got := tuple(len(n) for n, _ in parts.values())) != (100000, 10000):
-            warnings.warn(f"{source} holds {got[0]:,} and {got[1]:,} images; the publisher's has 100,000 and 10,000")
+            warnings.warn(f"{source} holds {got[0]:,} and {got[1]:,} images; the publisher's has 100,000 "
+                          "and 10,000")
         with whole_folder(folder) as part:
             for split, (entries, labels) in parts.items():
                 save_images(part / f'{split}_images.npy', entries, e.read, source, 64)

@@ -24,7 +24,8 @@ from .sp import SP
 from .vid import VID
 from ..docs import described
 
-_all_ = ['AB', 'AT', 'CC', 'CRD', 'FSP', 'FT', 'FTShortcut', 'FitNet', 'KD', 'NST', 'OFD', 'PKT', 'RKD', 'RKDAngle',
+_all_ = ['AB', 'AT', 'CC', 'CRD', 'FSP', 'FT', 'FTShortcut', 'FitNet', 'KD', 'NST', 'OFD', 'PKT',
+         'RKD', 'RKDAngle',
          'RKDDistance', 'SP', 'VID']
 
 for _name in _all_:

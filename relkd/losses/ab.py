@@ -16,7 +16,8 @@ from ..relations import full_precision
 
 # %% ../../nbs/losses/08_ab.ipynb #55a0927e
 class Connector(nn.Module):
-    """Brings the student's channels to the teacher's: a 1 x 1 convolution without bias and a batch normalisation.
+    """Brings the student's channels to the teacher's:
+    a 1 x 1 convolution without bias and a batch normalisation.
     Initialised as in the authors' code (Heo et al. 2019)."""
     def __init__(self,
         in_channels:int,  # C_S or D_S
@@ -37,26 +38,28 @@ class Connector(nn.Module):
 
     def forward(self,
         s:torch.Tensor, # (N, C_S, H, W) or (N, D_S)
-    ) -> torch.Tensor: # (N, C_T, H, W) or (N, D_T). Raises ValueError in training if a channel has one value only
+    ) -> torch.Tensor: # (N, C_T, H, W) or (N, D_T). Raises ValueError in training on a channel of one value
         "The batch in the teacher's number of channels, before a ReLU."
         f = s if s.dim() == 4 else s[..., None, None]
         dtype = torch.promote_types(s.dtype, self.weight.dtype)
         if self.training and f.numel() == f.shape[1]:
-            raise ValueError("a connector in training normalises over the batch and needs more than one value a channel"
-                             f"; got {tuple(s.shape)}: use a larger batch, or loss.eval()")
+            raise ValueError("a connector in training normalises over the batch and needs more than one "
+                             f"value a channel; got {tuple(s.shape)}: use a larger batch, or loss.eval()")
         f = F.linear(f.to(dtype).movedim(1, -1), self.weight.to(dtype)).movedim(-1, 1)
         f = self.norm(f)
         return f if s.dim() == 4 else f.flatten(1)
 
 # %% ../../nbs/losses/08_ab.ipynb #351c037e
 def _checked(name, in_channels, out_channels, scale, connector):
-    "Channels of the student's and of the teacher's layers, two lists. Raises ValueError for options that cannot be."
+    """Channels of the student's and of the teacher's layers, two lists.
+    Raises ValueError for options that cannot be."""
     sizes = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)]
     if len(sizes[0]) != len(sizes[1]) or not sizes[0] or min(sizes[0] + sizes[1]) < 1:
         raise ValueError(f"{name} needs as many in_channels as out_channels, each at least 1; "
                          f"got {in_channels} and {out_channels}")
     if connector is False and sizes[0] != sizes[1]:
-        raise ValueError(f"{name} without connectors needs equal channels; got {in_channels} and {out_channels}")
+        raise ValueError(f"{name} without connectors needs equal channels; got {in_channels} and "
+                         f"{out_channels}")
     if scale != 'mean' and not (finite(scale) and scale > 0):
         raise ValueError(f"{name} needs a positive scale, or 'mean'; got {scale!r}")
     return sizes
@@ -84,17 +87,20 @@ class _Connected(DistillationLoss):
         self.channels, self.scale = list(zip(*sizes)), scale
         self.layer_weights = _layer_weights(type(self).__name__, layer_weights, len(sizes[0]))
         self.connectors = nn.ModuleList(
-            Connector(i, o, **where) if connector or connector is None and i != o else nn.Identity() for i, o in self.channels)
+            Connector(i, o, **where) if connector or connector is None and i != o else nn.Identity()
+            for i, o in self.channels)
 
     def _pairs(self, student, teacher):
         "Pairs of layers, as `as_map_pairs` gives them, of the channels that the connectors were made for."
-        name, pairs = type(self).__name__, as_map_pairs(student, teacher, type(self).__name__, embeddings=True)
+        name, pairs = type(self).__name__, as_map_pairs(student, teacher, type(self).__name__,
+                                                        embeddings=True)
         if len(pairs) != len(self.channels):
             raise ValueError(f"{name} was made for {len(self.channels)} layer(s); got {len(pairs)}")
         for (made_s, made_t), (s, t) in zip(self.channels, pairs):
             if (got := (s.shape[1], t.shape[1])) != (made_s, made_t):
                 raise ValueError(f"{name} was made for {made_s} student and {made_t} teacher channels; "
-                                 f"got {got[0]} and {got[1]}: {name}.from_features reads them from an example")
+                                 f"got {got[0]} and {got[1]}: {name}.from_features reads them from "
+                                 "an example")
         return pairs
 
     def extra_repr(self): return f"scale={self.scale!r}, layer_weights={self.layer_weights}"
@@ -104,20 +110,21 @@ class PreActivationLoss(_Connected):
     "A loss on maps before the ReLU, the student's behind connectors: what AB and OFD share."
     @classmethod
     def from_features(cls,
-        student,     # an example of the student's layers before the ReLU, (N, C_S, H, W) or (N, D_S), or a list
+        student,   # an example of the student's layers before the ReLU, (N, C_S, H, W) or (N, D_S), or a list
         teacher,     # of the teacher's
         labels=None, # not needed
         **options,   # of the constructor
     ) -> 'PreActivationLoss':
         "The loss for layers of these shapes, the deepest last. Raises ValueError as the loss itself does."
         pairs = as_map_pairs(student, teacher, cls.__name__, embeddings=True)
-        return beside(student, lambda: cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options))
+        return beside(student,
+                      lambda: cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options))
 
     def forward(self,
         student, # (N, C_S, H, W) or (N, D_S), or a list, before the ReLU: receives the gradient
         teacher, # (N, C_T, H', W') or (N, D_T), or a list, before the ReLU: receives none; N the same
         index=None, # not needed
-    ) -> torch.Tensor: # 0-dim, the weighted sum over layers, float32 at least. Raises ValueError on bad shapes
+    ) -> torch.Tensor: # 0-dim, weighted sum over layers, float32 at least. Raises ValueError on bad shapes
         total = 0.
         for k, (s, t) in enumerate(self._pairs(student, teacher)):
             with full_precision(s):
@@ -128,7 +135,8 @@ class PreActivationLoss(_Connected):
 
 # %% ../../nbs/losses/08_ab.ipynb #2cc0d7b0
 class AB(PreActivationLoss):
-    """Squared hinge between the student's pre-activations and the signs of the teacher's (Heo et al., AAAI 2019).
+    """Squared hinge between the student's pre-activations and the signs of the teacher's
+    (Heo et al., AAAI 2019).
     The paper's alternative loss; weights as in the authors' CIFAR code."""
     def __init__(self,
         in_channels,        # C_S or D_S, of the student's layer; a list for several layers, the deepest last
@@ -140,7 +148,8 @@ class AB(PreActivationLoss):
         device=None,        # where the parameters are made, as in torch.nn
         dtype=None,         # their type
     ):
-        super().__init__(in_channels, out_channels, scale, layer_weights, connector, device=device, dtype=dtype)
+        super().__init__(in_channels, out_channels, scale, layer_weights, connector,
+                         device=device, dtype=dtype)
         if not (finite(margin) and margin > 0): raise ValueError(f"AB needs a positive margin; got {margin}")
         self.margin = margin
 

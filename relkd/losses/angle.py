@@ -18,8 +18,10 @@ from ..relations import as_points, full_precision, widest
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #5abfa8ec
 class Sides(NamedTuple):
-    "The squared distances of a batch: all that RKD's losses need of a teacher; one teacher serves many students."
-    q:torch.Tensor # (N, N), float64 where the device has it, 0 for equal points; mean 1 unless all points are equal
+    """The squared distances of a batch: all that RKD's losses need of a teacher;
+    one teacher serves many students."""
+    # (N, N), float64 where the device has it, 0 for equal points; mean 1 unless all points are equal
+    q:torch.Tensor
 
 def _measure(*batches):
     """Points, their squared distances divided by the mean of all, and these means.
@@ -32,9 +34,11 @@ def _measure(*batches):
     norm2 = diagonal.clone()
     q.mul_(-2).add_(norm2[:, :, None]).add_(norm2[:, None])
     diagonal.fill_(float('inf'))
-    if q.is_cuda or short or traced(q) or not (q.amin((1, 2)) >= 1e-6 * norm2.amax(1)).all():    # on a GPU asking costs more than doing
+    # on a GPU asking costs more than doing
+    if q.is_cuda or short or traced(q) or not (q.amin((1, 2)) >= 1e-6 * norm2.amax(1)).all():
         points = [e - e.mean(0) for e in points]
-        for e, x in zip(points, q): x.copy_(torch.cdist(e, e, compute_mode='donot_use_mm_for_euclid_dist').square_())
+        for e, x in zip(points, q):
+            x.copy_(torch.cdist(e, e, compute_mode='donot_use_mm_for_euclid_dist').square_())
         diagonal.fill_(0)
         q.masked_fill_(q < 1e-16 * q.mean((1, 2), keepdim=True), 0)
     diagonal.fill_(0)
@@ -81,24 +85,28 @@ def _tile(pi, pk, ri, rk, q, ai, ak, ui, uk, z, on_diagonal):
 
 _compiled = []
 def _fused(q): # like these far sides
-    "The tile as one C++ or CUDA loop, made by torch.compile at the first use; None where that does not run (said once)."
+    """The tile as one C++ or CUDA loop, made by torch.compile at the first use;
+    None where that does not run (said once)."""
     if not _compiled:
-        made, rows, far = torch.compile(_tile, dynamic=True), [q.new_ones(3, 5) for _ in range(8)], q.new_ones(5, 5)
+        made, rows, far = torch.compile(_tile, dynamic=True), [q.new_ones(3, 5)
+                                                               for _ in range(8)], q.new_ones(5, 5)
         try: made(*rows[:4], far, *rows[4:], far.clone(), True)
         except Exception as error:
             made = None
-            warnings.warn(f'compiled=True: torch.compile does not run here ({type(error).__name__}; it needs a C++ compiler): '
-                          'computed without it, the values are the same', stacklevel=2)
+            warnings.warn(f'compiled=True: torch.compile does not run here ({type(error).__name__}; it needs '
+                          'a C++ compiler): computed without it, the values are the same', stacklevel=2)
         _compiled.append(made)
     return _compiled[0]
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #4f837e6d
 _kept = threading.local()
 class _Buffers:
-    """The same tile with every intermediate in memory that is used again, by the next block and by the next call.
+    """The same tile with every intermediate in memory that is used again,
+    by the next block and by the next call.
     Fresh memory would cost more than the arithmetic."""
     def __init__(self, like, size):
-        if torch._C._functorch.peek_interpreter_stack() is not None:    # what torch.func makes may not outlive it
+        # what torch.func makes may not outlive it
+        if torch._C._functorch.peek_interpreter_stack() is not None:
             self.store = torch.empty(4, size, dtype=like.dtype, device=like.device)
             return
         stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else None
@@ -130,11 +138,13 @@ class _Buffers:
 def _tiling(n, a, itemsize):
     "Slices of n points, and how many of a vertices are done at a time."
     side = -(-n // max(1, round(n / 64)))
-    return [slice(i, min(i + side, n)) for i in range(0, n, side)], max(1, min(a, 2**21 // itemsize // side**2))
+    return ([slice(i, min(i + side, n)) for i in range(0, n, side)],
+            max(1, min(a, 2**21 // itemsize // side**2)))
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #5890597b
 def _near(both, roots, J):
-    "Near sides and inverse distances at the vertices J; of the teacher, their products and inverse distances: (b, N) each."
+    """Near sides and inverse distances at the vertices J;
+    of the teacher, their products and inverse distances: (b, N) each."""
     r, u = roots[:, J]
     return both[0][J], r, both[1][J] * u, u
 
@@ -167,12 +177,14 @@ def _cube(
     fused = _fused(q) if compiled else None
     one = fused or _Buffers(q, block * cuts[0].stop**2)
     def at(I, K, p, r, a, u):
-        return one(p[:, I], p[:, K], r[:, I], r[:, K], q[I, K], a[:, I], a[:, K], u[:, I], u[:, K], z[I, K], I is K)
+        return one(p[:, I], p[:, K], r[:, I], r[:, K], q[I, K], a[:, I], a[:, K], u[:, I], u[:, K],
+                   z[I, K], I is K)
     def near(j):
         J = anchors[j:j + block]
         if isinstance(J, range): J = slice(J.start, J.stop, J.step)
         rows = _near(both, roots, J)
-        return [x.clone() for x in rows] if fused else rows    # or torch.compile makes a program for each address
+        # or torch.compile makes a program for each address
+        return [x.clone() for x in rows] if fused else rows
     if block == a and len(cuts) == 1:
         loss, *tables = at(cuts[0], cuts[0], *near(0))
         return widest(loss), *tables
@@ -188,19 +200,21 @@ def _cube(
 # %% ../../nbs/losses/21_fast_angle.ipynb #6113dfc7
 _broken = []
 def _on_gpu(q, z, anchors, rough):
-    "The cube by the Triton kernel; None on a CPU, without Triton, or where the kernel does not compile (said once)."
+    """The cube by the Triton kernel; None on a CPU, without Triton,
+    or where the kernel does not compile (said once)."""
     if not q.is_cuda or _broken: return None
     from relkd.losses import angle_triton
     if not angle_triton.available(): return None
     try: return angle_triton.cube(q, z, anchors, rough)
     except Exception as error:
         _broken.append(error)
-        warnings.warn(f"RKDAngle's Triton kernel does not run here ({type(error).__name__}: {str(error)[:80]!r}); "
-                      "PyTorch's blocks are used")
+        warnings.warn(f"RKDAngle's Triton kernel does not run here ({type(error).__name__}: "
+                      f"{str(error)[:80]!r}); PyTorch's blocks are used")
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #b88b646c
 def _cubes(both, anchors, rough, compiled):
-    "All vertices of `anchors`, a range or positions: loss, M, v and w as of `_cube`, each vertex in the precision that it needs."
+    """All vertices of `anchors`, a range or positions:
+    loss, M, v and w as of `_cube`, each vertex in the precision that it needs."""
     if rough is None:
         return _cube(both, anchors, torch.float32, compiled)
     n, drawn = both.shape[1], isinstance(anchors, torch.Tensor)
@@ -217,7 +231,8 @@ def _cubes(both, anchors, rough, compiled):
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #90a0575f
 def _to_points(S, e, factor, like):
-    "Gradient with respect to the points, factor * (S + S' less its row sums on the diagonal) @ e. Overwrites S."
+    """Gradient with respect to the points, factor *
+    (S + S' less its row sums on the diagonal) @ e. Overwrites S."""
     S += S.t().clone()
     gradient = torch.empty_like(like)
     for i in range(0, len(S), 512):
@@ -235,7 +250,7 @@ def loss_and_gradient(
     start:int,            # the first vertex
     step:int,             # from one vertex to the next
     compiled:bool,        # tiles by torch.compile?
-    which:Optional[torch.Tensor]=None, # (K,) int64, vertices that stand for all N; then `start` and `step` count in it
+    which:Optional[torch.Tensor]=None, # (K,) int64, vertices that stand for all N: then these are counted
 ) -> tuple[torch.Tensor, torch.Tensor]: # 0-dim, and (N, D_S)
     "Mean Huber loss of the cosines, and its gradient with respect to the student."
     n = student.shape[0]
@@ -258,7 +273,7 @@ def loss_and_gradient(
         rows = S[J].add_(v, alpha=2).sub_(w.mul_(_reciprocal(both[0, J].to(w.dtype))))
         if not isinstance(J, slice): S[J] = rows    # of a slice they are a view
         del M, v, w, both, rows
-        count = (n * (n - 1) * (n - 2) if distinct else n**3) / step    # each of `step` processes has its share
+        count = (n * (n - 1) * (n - 2) if distinct else n**3) / step  # each of `step` processes has its share
         if drawn < n: count *= drawn / n    # each drawn vertex stands for N / K
         gradient = _to_points(S, e, -2 / (count * scale), student)
         return ((loss - diagonal) / count).to(student.dtype), gradient
@@ -281,16 +296,17 @@ _angle_loss.register_autograd(_backward, setup_context=_keep)
 def angle_loss(
     student:torch.Tensor,  # (N, D_S), float32 or float64: receives the gradient
     teacher,               # (N, D_T), or its Sides
-    distinct:bool=False,   # mean over triplets of distinct samples instead of all N^3
-    anchors:tuple=(0, 1),  # (rank, R): only every R-th vertex from `rank`, times R; the mean over the ranks is the loss
-    compiled:bool=False,   # fuse each block with torch.compile: needs a compiler, and some seconds at the first call
+    distinct:bool=False,   # mean over triplets of distinct samples, not all N^3
+    anchors:tuple=(0, 1),  # (rank, R): each R-th vertex from `rank`, times R: the mean over ranks is the loss
+    compiled:bool=False,   # fuse each block with torch.compile: needs a compiler, seconds at first
     which=None,            # (K,) int64, vertices that stand for all N, each once; None: all
 ) -> torch.Tensor: # 0-dim
-    "RKD-A with its gradient, in memory of order N^2 (Park et al. 2019, Sec. 3.2); RKDAngle is what checks shapes."
+    """RKD-A with its gradient, in memory of order N^2
+    (Park et al. 2019, Sec. 3.2); RKDAngle is what checks shapes."""
     known = isinstance(teacher, Sides)
     teacher = teacher.q if known else teacher.detach()
     given = teacher, known, distinct, *anchors, compiled, which
-    if traced(student): return _angle_loss(student, *given)[0]
+    if traced(student, teacher): return _angle_loss(student, *given)[0]
     with torch.no_grad(): loss, gradient = loss_and_gradient(student.detach(), *given)
     instead = 'use smooth_l1_loss of relkd.relations.angles for that'
     return known_gradient(student, loss, gradient, 'RKDAngle', instead)    # without the operator's overhead

@@ -14,14 +14,16 @@ except ImportError: triton = None
 
 # %% ../../nbs/losses/22_angle_triton.ipynb #59c52b70
 def available() -> bool:
-    "Is Triton here? On a CPU only its interpreter runs the kernel: TRITON_INTERPRET=1 before Triton's import."
+    """Is Triton here? On a CPU only its interpreter runs the kernel:
+    TRITON_INTERPRET=1 before Triton's import."""
     return triton is not None
 
 # %% ../../nbs/losses/22_angle_triton.ipynb #35b14a35
 if triton is not None:
     @triton.jit
     def _near(q, r, z, u, at, there):
-        "Near sides and inverse distances, of the student and of the teacher, at these places; 0 where none is there."
+        """Near sides and inverse distances, of the student and of the teacher, at these places;
+        0 where none is there."""
         return (tl.load(q + at, mask=there, other=0.), tl.load(r + at, mask=there, other=0.),
                 tl.load(z + at, mask=there, other=0.), tl.load(u + at, mask=there, other=0.))
 
@@ -96,7 +98,8 @@ def cube(
     for second, dtype in enumerate((torch.float32, torch.float64)):
         x, y = q.to(dtype), z.to(dtype)
         r, u = (torch.where(t > 0, t.rsqrt(), 0.).mul_(.5**.5) for t in (x, y))
-        m, one = q.new_zeros(parts, n, n, dtype=dtype), torch.zeros(blocks * parts, dtype=dtype, device=q.device)
+        m, one = (q.new_zeros(parts, n, n, dtype=dtype),
+                  torch.zeros(blocks * parts, dtype=dtype, device=q.device))
         vs, ws = (q.new_zeros(a, n, dtype=dtype) for _ in range(2))
         _box[blocks, parts](
             x, r, y, u, order, split, one, m, vs, ws, n, a, per, max(1, box[0] // (1 + second)), *box[1:],

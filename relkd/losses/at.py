@@ -30,25 +30,27 @@ class AT(DistillationLoss):
     As in the authors' code: squares and a mean; the paper's letter is reduction='norm'."""
     def __init__(self,
         p:float=2.,           # power of |F|, at least 1; the larger, the more the map is its hottest position
-        reduction:str='mean', # of the squared differences (authors' code); 'norm': a sample's distance, unsquared (paper)
+        reduction:str='mean', # of the squares (authors' code); 'norm': a sample's distance (paper)
     ):
         super().__init__()
         if not (finite(p) and p >= 1): raise ValueError(f"AT needs a finite power of at least 1; got p = {p}")
         if reduction not in ('mean', 'norm'):
-            raise ValueError(f"AT needs reduction 'mean' (the authors') or 'norm' (the paper's); got {reduction!r}")
+            raise ValueError("AT needs reduction 'mean' (the authors') or 'norm' (the paper's); got "
+                             f"{reduction!r}")
         self.p, self.reduction = p, reduction
 
     def forward(self,
         student, # (N, C_S, H, W), at least 2 positions, or a list of maps: receives the gradient
         teacher, # (N, C_T, H', W'), likewise, or a list of as many: receives none; N the same
         index=None, # not needed
-    ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 2 / (H * W) or, 'norm', 2**.5; float32 at least
+    ) -> torch.Tensor: # 0-dim, the sum over layers, each 0 to 2 / (H * W) or, 'norm', 2**.5; float32 at least
         "Raises ValueError on bad shapes."
         return sum(self._one(s, t) for s, t in as_map_pairs(student, teacher, 'AT', positions=2))
 
     def _one(self, s, t):
         with full_precision(s):
             gap = attention(s, self.p) - attention(t, self.p)
-            return gap.pow(2).mean() if self.reduction == 'mean' else torch.linalg.vector_norm(gap, dim=1).mean()
+            return (gap.pow(2).mean() if self.reduction == 'mean'
+                    else torch.linalg.vector_norm(gap, dim=1).mean())
 
     def extra_repr(self): return f'p={self.p:g}' + (", reduction='norm'" if self.reduction == 'norm' else '')

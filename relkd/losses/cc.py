@@ -35,7 +35,8 @@ def correlation(
         length = torch.linalg.vector_norm(e, dim=1, keepdim=True)
         e = e * length.masked_fill(length <= eps, float('inf')).reciprocal()
     if kernel == 'mmd': return pdist(e)
-    if kernel == 'gaussian' and order is None and not normalise: return (-gamma * pdist(e, squared=True)).exp()
+    if kernel == 'gaussian' and order is None and not normalise:
+        return (-gamma * pdist(e, squared=True)).exp()
     with full_precision(e): c = e @ e.t()
     if kernel == 'bilinear': return c
     if order is None: return (2 * gamma * (c - 1)).exp()

@@ -27,7 +27,8 @@ def beside(
     example, # a tensor, or a list of them
     make,    # a function without arguments, which makes a loss
 ): # what it made
-    "Make a loss whose parameters are where the example is, and can be trained although `inference_mode` is on."
+    """Make a loss whose parameters are where the example is,
+    and can be trained although `inference_mode` is on."""
     first = example[0] if isinstance(example, (list, tuple)) and example else example
     with torch.inference_mode(False):
         made = make()
@@ -36,17 +37,20 @@ def beside(
 
 # %% ../../nbs/losses/00_contract.ipynb #84758476
 class _Parametric(_Loss):
-    "What a loss does with parameters that it brings: make them new, and notice when they are in no optimiser."
+    """What a loss does with parameters that it brings:
+    make them new, and notice when they are in no optimiser."""
     patience = 100           # training calls; more than anyone accumulates gradients over
     _calls, _first = 0, None # so far, -1 when it is settled; version and sum of each parameter at the first
 
     def reset_parameters(self):
-        "Start again as freshly made: each part by its own reset. A loss that holds more than parts extends this."
+        """Start again as freshly made: each part by its own reset.
+        A loss that holds more than parts extends this."""
         for part in self.modules():
             if part is not self and hasattr(part, 'reset_parameters'): part.reset_parameters()
 
     def __call__(self, *args, **options):
-        if not torch.compiler.is_compiling() and self._calls >= 0 and self.training and torch.is_grad_enabled():
+        if (not torch.compiler.is_compiling() and self._calls >= 0 and self.training
+            and torch.is_grad_enabled()):
             self._watch([p for p in self.parameters() if p.requires_grad])
         return super().__call__(*args, **options)
 
@@ -54,7 +58,8 @@ class _Parametric(_Loss):
         if not all(p.is_leaf for p in own): return    # lent for one call, as torch.func.functional_call does
         if not own or any(p.is_meta or p.is_inference() for p in own):
             self._calls = -1
-        elif self._first is None or len(own) != len(self._first[0]):    # FT's paraphrasers rest after their stage
+        # FT's paraphrasers rest after their stage
+        elif self._first is None or len(own) != len(self._first[0]):
             self._first = [p._version for p in own], [p.detach().sum() for p in own]
         elif [p._version for p in own] != self._first[0]:
             self._calls = -1
@@ -66,10 +71,11 @@ class _Parametric(_Loss):
         self._calls = -1
         if not all(torch.equal(p.detach().sum(), before) for p, before in zip(own, self._first[1])): return
         name = getattr(self, 'name', type(self).__name__)
-        warnings.warn(f"{name}'s own parameters have gradients but have not moved in {self.patience} training calls, "
-                      "so the student follows a fixed random map: give them to the optimiser, "
-                      "optimizer.add_param_group({'params': loss.parameters()}), or make the loss a submodule of the "
-                      "model before the optimiser is made; loss.requires_grad_(False) says that they rest", stacklevel=4)
+        warnings.warn(f"{name}'s own parameters have gradients but have not moved in {self.patience} "
+                      "training calls, so the student follows a fixed random map: give them to the "
+                      "optimiser, optimizer.add_param_group({'params': loss.parameters()}), or make the loss "
+                      "a submodule of the model before the optimiser is made; loss.requires_grad_(False) "
+                      "says that they rest", stacklevel=4)
 
 # %% ../../nbs/losses/00_contract.ipynb #d8bc1c0e
 class _Defaults(_Parametric):
@@ -104,7 +110,8 @@ class _Defaults(_Parametric):
         rank:int,      # of this process, from 0
         processes:int, # how many
     ):
-        "From here on a share of the work, if it can be divided. Parts that remember are told that they see everything."
+        """From here on a share of the work, if it can be divided.
+        Parts that remember are told that they see everything."""
         for part in self.modules():
             if isinstance(part, Remembering):
                 part.whole = True
@@ -123,41 +130,46 @@ def _exchanged(student, teacher):
 class _InOrder(_Defaults):
     "A loss that notices a student and a teacher exchanged."
     def __call__(self, *args, **options):
-        if len(args) > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling() and _exchanged(*args[:2]):
-            warn(f"{type(self).__name__}: what stands in the student's place wants no gradient and what stands in the "
-                 "teacher's place does, so this term teaches nothing: call it loss(student, teacher)", stacklevel=2)
+        if (len(args) > 1 and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            and _exchanged(*args[:2])):
+            warn(f"{type(self).__name__}: what stands in the student's place wants no gradient and what "
+                 "stands in the teacher's place does, so this term teaches nothing: call it "
+                 "loss(student, teacher)", stacklevel=2)
         return super().__call__(*args, **options)
 
 # %% ../../nbs/losses/00_contract.ipynb #83d4faa4
 class DistillationLoss(_InOrder):
-    """A loss that compares a layer of a student with a layer of a teacher: `loss(student, teacher)`, student first.
+    """A loss that compares a layer of a student with a layer of a teacher:
+    `loss(student, teacher)`, student first.
 
     A subclass calls `super().__init__()` and writes `forward`. The rest has defaults.
 
-    `forward(student, teacher, index=None)` gives a tensor of 0 dimensions. Each side is the tensor of a layer, or a
-    list of tensors where several layers are read; `teacher` may also be what `teacher_part` made of it. The gradient
-    goes to the student and to the loss's own parameters, never to the teacher. `index`, (N,) int64, says which training
-    samples these are, from 0 to n - 1: it is always handed over by an engine, and ignored by a loss that does not
-    remember samples. Everything is computed in float32 at least. Bad input, and input that can teach nothing, raises a
-    ValueError of one line: what was given, what is needed, what to do. A parameter that wants a gradient gets one in
-    every pass; one that rests does not want any. What a loss remembers is in the hands of `relkd.losses.state`.
+    `forward(student, teacher, index=None)` gives a tensor of 0 dimensions. Each side is the tensor of a
+    layer, or a list of tensors where several layers are read; `teacher` may also be what `teacher_part` made
+    of it. The gradient goes to the student and to the loss's own parameters, never to the teacher. `index`,
+    (N,) int64, says which training samples these are, from 0 to n - 1: it is always handed over by an engine,
+    and ignored by a loss that does not remember samples. Everything is computed in float32 at least. Bad
+    input, and input that can teach nothing, raises a ValueError of one line: what was given, what is needed,
+    what to do. A parameter that wants a gradient gets one in every pass; one that rests does not want any.
+    What a loss remembers is in the hands of `relkd.losses.state`.
 
-    `from_features(student, teacher, labels=None, **options)`, a class method, makes the loss for layers like these
-    examples, on their device. By default it is `cls(**options)`; a loss with trainable parts reads their shapes from
-    the examples, one that remembers the training samples reads their number, or their classes, from `labels`, (n,)
-    int64.
+    `from_features(student, teacher, labels=None, **options)`, a class method, makes the loss for layers like
+    these examples, on their device. By default it is `cls(**options)`; a loss with trainable parts reads
+    their shapes from the examples, one that remembers the training samples reads their number, or their
+    classes, from `labels`, (n,) int64.
 
-    `teacher_part(teacher)` is what the loss reads of a teacher's layer: computed once a batch, without gradient, and
-    handed to all students. By default the layer itself. `part_name` is its name: losses of equal `part_name` share one
-    part a layer, so the name says all that the part depends on, options included. None, the default: there is no part,
-    nothing is kept.
+    `teacher_part(teacher)` is what the loss reads of a teacher's layer: computed once a batch, without
+    gradient, and handed to all students. By default the layer itself. `part_name` is its name: losses of
+    equal `part_name` share one part a layer, so the name says all that the part depends on, options included.
+    None, the default: there is no part, nothing is kept.
 
-    `prepare(student, teacher, index=None)` is what a first stage minimises, where a method has one. By default
+    `prepare(student, teacher, index=None)` is what a first stage minimises,
+    where a method has one. By default
     `forward`.
 
-    `split(rank, processes)` is told once, before training, where each of several processes sees the whole batch: a loss
-    whose work can be divided computes a share from then on, such that the mean over the processes is the loss. By
-    default only the parts that remember are told.
+    `split(rank, processes)` is told once, before training, where each of several processes sees the whole
+    batch: a loss whose work can be divided computes a share from then on, such that the mean over the
+    processes is the loss. By default only the parts that remember are told.
     """
     if TYPE_CHECKING:                   # a module's own call says Any
         def __call__(self, student, teacher, index=None) -> torch.Tensor: ...
@@ -171,18 +183,23 @@ class DistillationLoss(_InOrder):
 
 # %% ../../nbs/losses/00_contract.ipynb #3d28b4b1
 def traced(
-    t:torch.Tensor, # of the student
+    *tensors:torch.Tensor, # of the student, of the teacher
 ) -> bool:
-    "Is it recorded, not computed: by torch.compile, torch.export, make_fx, or as a FakeTensor, which has no numbers to ask?"
+    """Is it recorded, not computed: by torch.compile, torch.export, make_fx, as a FakeTensor or another
+    tensor that stands for one and has no numbers to ask?"""
     if torch.compiler.is_compiling(): return True
     kinds = {type(mode).__name__ for mode in _get_current_dispatch_mode_stack()}
-    return type(t).__name__ == 'FakeTensor' or bool(kinds & {'FakeTensorMode', 'ProxyTorchDispatchMode'})
+    return (any(type(t).__torch_dispatch__ is not _own_numbers for t in tensors)
+            or bool(kinds & {'FakeTensorMode', 'ProxyTorchDispatchMode'}))
+
+_own_numbers = torch.Tensor.__torch_dispatch__
 
 # %% ../../nbs/losses/00_contract.ipynb #67123a19
 def without_graph(
     t:torch.Tensor, # of a teacher
 ) -> torch.Tensor: # the same numbers: no gradient goes through
-    "A teacher's tensor as a loss may use it, computed under `no_grad`, under `inference_mode` or with a graph."
+    """A teacher's tensor as a loss may use it, computed under `no_grad`,
+    under `inference_mode` or with a graph."""
     return t.clone() if not torch.compiler.is_compiling() and t.is_inference() else t.detach()
 
 def finite(
@@ -203,20 +220,22 @@ def as_pair(
     loss:str,             # its name, for errors
     numbers:int=1,        # least D_S that can teach: 2 where directions are compared
 ) -> tuple: # student and teacher as (N, D_S) and (N, D_T), float32 at least; the teacher detached
-    "The two batches of a relational loss, checked. Raises ValueError on wrong dimensions, differing N, N < `least`."
+    """The two batches of a relational loss, checked.
+    Raises ValueError on wrong dimensions, differing N, N < `least`."""
     pair = []
     for name, e in (('student', student), ('teacher', teacher)):
         if isinstance(e, torch.Tensor) and e.dim() > 2: e = e.flatten(1)
         pair.append(as_points(e, name))
     ns, nt = (e.shape[0] for e in pair)
     if ns != nt:
-        raise ValueError(f"{loss} needs student and teacher embeddings of the same samples; got N = {ns} and N = {nt}")
+        raise ValueError(f"{loss} needs student and teacher embeddings of the same samples; got N = {ns} "
+                         f"and N = {nt}")
     if ns < least:
         raise ValueError(f"{loss} needs at least {least} samples in a batch; got N = {ns}: "
                          "use a larger batch, or drop_last=True")
     if pair[0].shape[1] < numbers:
-        raise ValueError(f"{loss} compares directions and needs student embeddings of at least {numbers} numbers; "
-                         f"got D = {pair[0].shape[1]}, which teaches nothing: take a wider layer")
+        raise ValueError(f"{loss} compares directions and needs student embeddings of at least {numbers} "
+                         f"numbers; got D = {pair[0].shape[1]}, which teaches nothing: take a wider layer")
     return pair[0], without_graph(pair[1])
 
 # %% ../../nbs/losses/00_contract.ipynb #c1e7d117
@@ -235,9 +254,10 @@ def as_map_pairs(
     loss:str,              # its name, for errors
     embeddings:bool=False, # whether a layer may also be (N, D), in both networks
     positions:int=1,       # least H * W that can teach: 2 where positions are compared
-) -> list: # of pairs (student, teacher): one dtype, float32 at least; one height and width; the teacher detached
+) -> list: # of pairs (student, teacher): one dtype, float32 at least; one size; the teacher detached
     """The layers of a map loss, checked and brought to one size, the smaller.
-    Raises ValueError on wrong dimensions, on layers or samples that differ in number, on maps that can teach nothing."""
+    Raises ValueError on wrong dimensions, on layers or samples that differ in number,
+    on maps that can teach nothing."""
     layers = []
     for name, maps in (('student', student), ('teacher', teacher)):
         layers.append(list(maps) if isinstance(maps, (list, tuple)) else [maps])
@@ -272,7 +292,8 @@ def pooled(
     size:list,       # [h, w], no larger
     largest:bool=False, # the largest of a window, instead of its mean
 ) -> torch.Tensor: # (N, C, h, w)
-    "A map brought to a size: itself if it has it; by plain windows, of one gradient on every device, where that divides."
+    """A map brought to a size: itself if it has it;
+    by plain windows, of one gradient on every device, where that divides."""
     (H, W), (h, w) = f.shape[2:] or (0, 0), size or (0, 0)
     if (H, W) == (h, w):
         return f
@@ -291,8 +312,8 @@ class _Known(torch.autograd.Function):
         _, _, gradient, loss, instead, ctx.along = inputs
         ctx.save_for_backward(gradient)
         ctx.save_for_forward(gradient)
-        ctx.said = (f"{loss}'s gradient is made by hand and cannot be differentiated again (create_graph=True): "
-                    f"{instead}")
+        ctx.said = (f"{loss}'s gradient is made by hand and cannot be differentiated again "
+                    f"(create_graph=True): {instead}")
 
     @staticmethod
     def backward(ctx, upstream):
@@ -331,11 +352,13 @@ class _Wrapped(DistillationLoss):
         self.loss, self.name, self.options = loss, name, options
 
     def forward(self, student, teacher, index=None):
-        value = self.loss(_each(student, _wide), _each(teacher, lambda e: _wide(without_graph(e))), **self.options)
+        value = self.loss(_each(student, _wide), _each(teacher, lambda e: _wide(without_graph(e))),
+                          **self.options)
         if isinstance(value, torch.Tensor) and value.dim() == 0:
             return value
         given = f'shape {tuple(value.shape)}' if isinstance(value, torch.Tensor) else type(value).__name__
-        raise ValueError(f"a loss is a tensor of 0 dimensions; {self.name} gave {given}: take a mean or a sum")
+        raise ValueError(f"a loss is a tensor of 0 dimensions; {self.name} gave {given}: take a "
+                         "mean or a sum")
 
     def extra_repr(self): return ', '.join([self.name, *(f'{k}={v!r}' for k, v in self.options.items())])
 
@@ -343,7 +366,7 @@ class _Wrapped(DistillationLoss):
 def as_loss(
     thing,        # a name in relkd.losses; a class; or a function of (student, teacher)
     options=None, # of the class or the function, a dict
-    student=None, # an example of what the loss will be given, a tensor or a list; None: the constructor alone makes it
+    student=None, # an example of what the loss will be given; None: the constructor alone makes it
     teacher=None, # likewise
     labels=None,  # (n,) int64, of all training samples
 ) -> DistillationLoss:
@@ -365,7 +388,8 @@ def as_loss(
     given = () if make is None else (student, teacher)
     more = {} if make is None else {'labels': labels}
     try: made = beside(student, lambda: (make or thing)(*given, **more, **options))
-    except TypeError as error: raise ValueError(f"{name} cannot be made with the options {options}: {error}") from error
+    except TypeError as error:
+        raise ValueError(f"{name} cannot be made with the options {options}: {error}") from error
     if isinstance(made, DistillationLoss): return made
     if not callable(made):
         raise ValueError(f"a loss is called with (student, teacher); an object of {name} cannot be called")

@@ -19,14 +19,15 @@ from ..relations import full_precision
 # %% ../../nbs/losses/12_crd.ipynb #d16ceeb3
 def _unit(v):
     length = v.norm(dim=1, keepdim=True)
-    return v / length.masked_fill(length <= 1e-3, float('inf'))    # shorter ones have no direction, hence no gradient
+    # shorter ones have no direction, hence no gradient
+    return v / length.masked_fill(length <= 1e-3, float('inf'))
 
 # %% ../../nbs/losses/12_crd.ipynb #d2e8b44b
 @torch.no_grad()
 def contrast(
     v:torch.Tensor,      # (N, D) embeddings, the anchors
     memory:torch.Tensor, # (n, D) what is remembered of all samples
-    chosen:torch.Tensor, # (N, K + 1) int64, rows of the memory: first the anchor's own sample, then the negatives
+    chosen:torch.Tensor, # (N, K + 1) int64, rows of the memory: the anchor's own, then the negatives
     log_Z:torch.Tensor,  # 0-dim; infinite: take it from these scores
     T:float=.07,         # temperature
     eps:float=1e-7,      # beside K / n
@@ -35,9 +36,11 @@ def contrast(
     Tian et al. 2020, Eq. 10 and 19."""
     v, N, n, K = v.detach(), v.shape[0], memory.shape[0], chosen.shape[1] - 1
     c, u, memory, log_Z = K / n + eps, v / T, memory.to(v.dtype), log_Z.to(v.dtype)
-    rows = F.embedding(chosen, memory) if n > (K + 1) * memory.shape[1] else None    # whichever block is smaller
+    # whichever block is smaller
+    rows = F.embedding(chosen, memory) if n > (K + 1) * memory.shape[1] else None
     scores = (u @ memory.T).gather(1, chosen) if rows is None else (rows @ u[:, :, None]).squeeze(2)
-    share = scores.new_full((), n / scores.numel()).log() if traced(v) else math.log(n / scores.numel())    # N may be any there
+    # N may be any there
+    share = scores.new_full((), n / scores.numel()).log() if traced(v) else math.log(n / scores.numel())
     log_Z = torch.where(log_Z.isinf(), scores.flatten().logsumexp(0) + share, log_Z)
     right = -torch.ones_like(scores[0])
     right[0] = 1    # the first is to be told h = 1, the others h = 0
@@ -54,39 +57,45 @@ class _OtherClasses(nn.Module):
         order = classes.argsort(stable=True)
         start, end = (torch.searchsorted(classes[order], classes, side=side) for side in ('left', 'right'))
         for name, v in (('order', order), ('count', end - start), ('start', start)):
-            self.register_buffer(name, v, persistent=False)    # of each sample: size of its class, where it starts
+            # of each sample: size of its class, where it starts
+            self.register_buffer(name, v, persistent=False)
 
     def forward(self, index, negatives):
         start, count = self.start[index, None], self.count[index, None]
-        place = torch.randint(2**62, (index.shape[0], negatives), device=index.device) % (self.order.shape[0] - count)
+        place = torch.randint(2**62, (index.shape[0], negatives),
+                              device=index.device) % (self.order.shape[0] - count)
         return self.order[place + count * (place >= start)]
 
 # %% ../../nbs/losses/12_crd.ipynb #ac614a73
 def _numbers(name, shape, index, s, samples):
     "`index`, checked, on the device of `s`."
-    shaped = isinstance(index, torch.Tensor) and index.dtype == torch.long and index.dim() == len(shape.split())
+    shaped = (isinstance(index, torch.Tensor) and index.dtype == torch.long
+              and index.dim() == len(shape.split()))
     if not (shaped and index.shape[0] == s.shape[0] and index.numel()):
-        given = f"{tuple(index.shape)}, {index.dtype}" if isinstance(index, torch.Tensor) else type(index).__name__
+        given = (f"{tuple(index.shape)}, {index.dtype}"
+                 if isinstance(index, torch.Tensor) else type(index).__name__)
         raise ValueError(f"CRD needs {name}= of shape {shape}, int64, with N = {s.shape[0]}: "
                          f"numbers of training samples; got {given}")
     if index.device.type == 'cpu' and not traced(index):
         if not 0 <= index.min() <= index.max() < samples:
-            raise ValueError(f"CRD remembers {samples} samples; got {name}= from {index.min()} to {index.max()}: "
-                             "samples are counted from 0, within the training set")
+            raise ValueError(f"CRD remembers {samples} samples; got {name}= from {index.min()} to "
+                             f"{index.max()}: samples are counted from 0, within the training set")
     return index.to(s.device)
 
 # %% ../../nbs/losses/12_crd.ipynb #2152854e
 def _checked(in_features, out_features, samples, feat_dim, negatives, T, momentum, classes, eps):
     "`classes` as a tensor, or None. Raises ValueError for options of CRD that cannot be."
     if min(in_features, out_features, negatives) < 1 or min(feat_dim, samples) < 2:
-        raise ValueError("CRD needs in_features, out_features and negatives of at least 1, feat_dim and samples of at least 2; "
-                         f"got {in_features}, {out_features}, {negatives}, {feat_dim} and {samples}")
+        raise ValueError("CRD needs in_features, out_features and negatives of at least 1, feat_dim and "
+                         f"samples of at least 2; got {in_features}, {out_features}, {negatives}, {feat_dim} "
+                         f"and {samples}")
     if not (all(map(finite, (T, momentum, eps))) and T > 0 and 0 <= momentum < 1 and eps >= 0):
         raise ValueError("CRD needs T above 0, momentum from 0 to below 1 and eps of at least 0; "
                          f"got {T}, {momentum} and {eps}")
     if classes is not None:
         classes = torch.as_tensor(classes)
-        if classes.shape != (samples,) or classes.dtype != torch.long or not traced(classes) and (classes == classes[0]).all():
+        if (classes.shape != (samples,) or classes.dtype != torch.long or not traced(classes)
+            and (classes == classes[0]).all()):
             raise ValueError(f"CRD needs classes of shape ({samples},), int64, not all equal; "
                              f"got {tuple(classes.shape)}, {classes.dtype}")
     return classes
@@ -102,7 +111,7 @@ class _Kept(Remembering, DistillationLoss):
         negatives:int=16384,  # drawn for each sample, with repetition
         T:float=.07,          # temperature, above 0
         momentum:float=.5,    # share of the old row, from 0 to below 1
-        classes=None,         # (samples,) int64: negatives from other classes only (authors' scripts); None: from all
+        classes=None, # (samples,) int64: negatives from other classes only (authors' scripts); None: from all
         eps:float=1e-7,       # of the authors' code, beside K / n
         device=None,          # where the parameters are made, as in torch.nn
         dtype=None,           # their type
@@ -112,7 +121,8 @@ class _Kept(Remembering, DistillationLoss):
         self.samples, self.negatives, self.T, self.momentum, self.eps = samples, negatives, T, momentum, eps
         where = {'device': device, 'dtype': dtype}
         self.embed_s, self.embed_t = (nn.Linear(n, feat_dim, **where) for n in (in_features, out_features))
-        for name, shape in (('memory_s', (samples, feat_dim)), ('memory_t', (samples, feat_dim)), ('log_Z', (2,))):
+        for name, shape in (('memory_s', (samples, feat_dim)), ('memory_t', (samples, feat_dim)),
+                            ('log_Z', (2,))):
             self.register_buffer(name, torch.empty(shape, **where))
         self.other_classes = None if classes is None else _OtherClasses(classes).to(device)
         self._forget()
@@ -139,7 +149,8 @@ class _Memories(_Kept):
         mine, n, s, t = index, index.shape[0], s.detach(), t.detach()
         if not self.alone():
             index, s, t = (of_all(x) for x in (index, s, t))
-            log_Z = (of_all(log_Z[None]) + of_all(log_Z.new_full((1, 1), n)).log()).logsumexp(0) - math.log(len(index))
+            log_Z = ((of_all(log_Z[None]) + of_all(log_Z.new_full((1, 1), n)).log()).logsumexp(0)
+                     - math.log(len(index)))
         rows = [memory[index] for memory in (self.memory_s, self.memory_t)]
         if not traced(mine): self._before = mine, index, rows, self.log_Z.clone()
         self.log_Z.copy_(torch.where(self.log_Z.isinf(), kept_finite(log_Z, self.log_Z), self.log_Z))
@@ -169,8 +180,8 @@ def _rows(loss, index, negatives):
 def _pair(loss, student, teacher):
     s, t = as_pair(student, teacher, 1, 'CRD')
     if (s.shape[1], t.shape[1]) != (loss.embed_s.in_features, loss.embed_t.in_features):
-        raise ValueError(f"CRD was made for {loss.embed_s.in_features} student and {loss.embed_t.in_features} "
-                         f"teacher features; got {s.shape[1]} and {t.shape[1]}: "
+        raise ValueError(f"CRD was made for {loss.embed_s.in_features} student and "
+                         f"{loss.embed_t.in_features} teacher features; got {s.shape[1]} and {t.shape[1]}: "
                          "CRD.from_features reads them from an example")
     return s, t
 
@@ -181,7 +192,8 @@ def _embedded(loss, s, t):
 
 # %% ../../nbs/losses/12_crd.ipynb #ef9f0ec7
 def _halves(loss, known, s, t, chosen):
-    "The sum of both halves for embeddings of length 1, and the two log Z. `known`: both memories and the log Z so far."
+    """The sum of both halves for embeddings of length 1, and the two log Z.
+    `known`: both memories and the log Z so far."""
     memory_s, memory_t, log_Z = known
     of_s, to_s, z_s = contrast(s, memory_t, chosen, log_Z[0], loss.T, loss.eps)
     of_t, to_t, z_t = contrast(t, memory_s, chosen, log_Z[1], loss.T, loss.eps)
@@ -220,14 +232,14 @@ class CRD(_Memories):
     def forward(self,
         student,        # (N, D_S), or a map, which is flattened: receives the gradient
         teacher,        # (N, D_T), or a map: receives none, its embedding layer does; N the same
-        index=None,     # (N,) int64: which training samples these are, from 0 to below `samples`; no sample twice
+        index=None, # (N,) int64: which training samples these are, from 0 to below `samples`; no sample twice
         negatives=None, # (N, K) int64: the negatives; drawn by default
     ) -> torch.Tensor: # 0-dim, the sum of both halves, float32 at least; a training step updates the memories
         "Raises ValueError on bad shapes and indices."
         s, t = _pair(self, student, teacher)
         if self.training and getattr(self, '_is_replica', False):
-            raise ValueError("a replica of DataParallel would forget what CRD remembers in it: call CRD outside, on the "
-                             "joined layers, or use DistributedDataParallel")
+            raise ValueError("a replica of DataParallel would forget what CRD remembers in it: call CRD "
+                             "outside, on the joined layers, or use DistributedDataParallel")
         index = _numbers('index', '(N,)', index, s, self.samples)
         counts = self.counts()
         known = self._known(index, counts)

@@ -17,8 +17,9 @@ from ..relations import full_precision
 def _gap(s, t, regressor):
     "Mean squared error of one layer, the channels brought to the last axis."
     if (s.shape[1], t.shape[1]) != (regressor.in_features, regressor.out_features):
-        raise ValueError(f"FitNet was made for {regressor.in_features} student and {regressor.out_features} teacher channels; "
-                         f"got {s.shape[1]} and {t.shape[1]}: FitNet.from_features reads them from an example")
+        raise ValueError(f"FitNet was made for {regressor.in_features} student and {regressor.out_features} "
+                         f"teacher channels; got {s.shape[1]} and {t.shape[1]}: FitNet.from_features reads "
+                         "them from an example")
     dtype = torch.promote_types(s.dtype, regressor.weight.dtype)
     with full_precision(s):
         predicted = F.linear(s.to(dtype).movedim(1, -1), regressor.weight.to(dtype), regressor.bias.to(dtype))
@@ -50,7 +51,8 @@ class FitNet(DistillationLoss):
     ) -> 'FitNet':
         "The loss for layers of these shapes. Raises ValueError as the loss itself does."
         pairs = as_map_pairs(student, teacher, cls.__name__, embeddings=True)
-        return beside(student, lambda: cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options))
+        return beside(student,
+                      lambda: cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options))
 
     def forward(self,
         student, # (N, C_S, H, W) or (N, D_S), or a list: receives the gradient

@@ -18,7 +18,8 @@ def flow_matrix(
     second:torch.Tensor,  # (N, n, H', W') map of the same samples and precision
     pool:str='max',       # what brings the larger to the size of the smaller: 'max' (paper) or 'avg'
 ) -> torch.Tensor: # (N, m, n): mean over positions of the product of two channels
-    "How strongly each channel of a layer responds together with each channel of another (Yim et al. 2017, Eq. 1)."
+    """How strongly each channel of a layer responds together with each channel of another
+    (Yim et al. 2017, Eq. 1)."""
     size = [min(a, b) for a, b in zip(first.shape[2:], second.shape[2:])]
     first, second = (pooled(f, size, largest=pool == 'max') for f in (first, second))
     return first.flatten(2) @ second.flatten(2).transpose(1, 2) / (size[0] * size[1])
@@ -57,7 +58,8 @@ def _checked(pairs, weights):
     if pairs is not None:
         pairs = [tuple(p) for p in pairs]
         if not pairs or any(len(p) != 2 or min(p) < 0 for p in pairs):
-            raise ValueError(f"FSP needs pairs (i, j) of places in the list of layers, from 0 on; got {pairs}")
+            raise ValueError("FSP needs pairs (i, j) of places in the list of layers, from 0 on; "
+                             f"got {pairs}")
     if pairs is not None and weights is not None and len(weights) != len(pairs):
         raise ValueError(f"FSP needs one weight a pair; got {len(weights)} for {len(pairs)} pairs")
     if weights is not None and not all(map(finite, weights)):
@@ -68,10 +70,10 @@ def _checked(pairs, weights):
 class FSP(DistillationLoss):
     "Squared distance of the flow matrices of pairs of layers (Yim et al. 2017, Eq. 2)."
     def __init__(self,
-        pairs=None,           # list of (i, j), places in the list of layers; by default each layer with the next
+        pairs=None,        # list of (i, j), places in the list of layers; by default each layer with the next
         weights=None,         # one a pair, the paper's lambda; by default 1
         pool:str='max',       # of the larger map of a pair: 'max' (paper) or 'avg' (CRD benchmark)
-        reduction:str='norm', # squared 'norm' of a sample's difference (paper), or 'mean' over entries (CRD benchmark)
+        reduction:str='norm', # squared 'norm' of the difference (paper), or 'mean' (CRD benchmark)
     ):
         super().__init__()
         if pool not in ('max', 'avg'): raise ValueError(f"FSP needs pool to be 'max' or 'avg'; got {pool!r}")
@@ -82,10 +84,11 @@ class FSP(DistillationLoss):
 
     def forward(self,
         student, # list of maps (N, C_i, H_i, W_i): receives the gradient
-        teacher, # list of as many maps (N, C_i, H'_i, W'_i), of the same channels layer by layer: receives none
+        teacher, # list of as many maps (N, C_i, H'_i, W'_i), of the same channels: receives none
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, the sum over pairs, float32 at least. Raises ValueError on bad shapes
-        student, teacher = _layers(student, teacher, least=2 if self.pairs is None else 1 + max(map(max, self.pairs)))
+        student, teacher = _layers(student, teacher,
+                                   least=2 if self.pairs is None else 1 + max(map(max, self.pairs)))
         pairs = self.pairs or [(i, i + 1) for i in range(len(student) - 1)]
         weights = self.weights or [1.] * len(pairs)
         if len(weights) != len(pairs):

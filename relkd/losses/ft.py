@@ -16,10 +16,12 @@ from ..relations import full_precision
 
 # %% ../../nbs/losses/09_ft.ipynb #e80ce986
 def _block(conv, i, o, batchnorm, where):
-    return [conv(i, o, 3, padding=1, **where), *([BatchNorm2d(o, **where)] if batchnorm else []), nn.LeakyReLU(.1)]
+    return [conv(i, o, 3, padding=1, **where), *([BatchNorm2d(o, **where)] if batchnorm else []),
+            nn.LeakyReLU(.1)]
 
 class Translator(nn.Sequential):
-    "From a map to a factor by three 3 x 3 convolutions (Kim et al. 2018, Sec. 3; sizes of the authors' code)."
+    """From a map to a factor by three 3 x 3 convolutions
+    (Kim et al. 2018, Sec. 3; sizes of the authors' code)."""
     def __init__(self,
         channels:int,         # C of the map
         factor_channels:int,  # m of the factor
@@ -103,8 +105,8 @@ def _check_layer(translator, paraphraser, s, t, rate):
         raise ValueError(f"FT was made for {made[0]} student and {made[1]} teacher channels; "
                          f"got {given[0]} and {given[1]}: FT.from_features reads them from an example")
     if round(rate * made[1]) * s.shape[2] * s.shape[3] < 2:
-        raise ValueError("FT compares directions of factors, and a factor of one number has none; got maps of 1 x 1 "
-                         f"and rate = {rate:g}: take a layer before the pooling, or a larger rate")
+        raise ValueError("FT compares directions of factors, and a factor of one number has none; got maps "
+                         f"of 1 x 1 and rate = {rate:g}: take a layer before the pooling, or a larger rate")
 
 # %% ../../nbs/losses/09_ft.ipynb #f96188a1
 class _Networks(DistillationLoss):
@@ -114,9 +116,9 @@ class _Networks(DistillationLoss):
         out_channels,            # C_T of the teacher's map; a list of as many
         rate:float=.5,           # paraphrase rate k: a factor has round(k * C_T) channels
         p:float=1.,              # power of the difference, at least 1
-        reduction:str='mean',    # 'mean' of |difference|^p over the factor (authors' code), or its p-'norm' (paper)
-        reconstruction:str='l2', # of `prepare`: mean |x - P(x)|^2, 'l2' (paper), or |x - P(x)|, 'l1' (authors' code)
-        batchnorm=False,         # after convolutions: False (authors' code), True, or 'translator' only (CRD benchmark)
+        reduction:str='mean',    # of |difference|^p (authors' code), or its p-'norm' (paper)
+        reconstruction:str='l2', # of `prepare`: |x - P(x)|^2, 'l2' (paper), or 'l1' (authors' code)
+        batchnorm=False,         # False (authors' code), True, or 'translator' only (CRD benchmark)
         compare:str='factor',    # compare the 'factor', or only its 'attention' map (CRD benchmark)
         **where,                 # device= and dtype= of the parameters, as in torch.nn
     ):
@@ -127,7 +129,8 @@ class _Networks(DistillationLoss):
         self.reconstruction = _one_of('reconstruction', reconstruction, 'l1', 'l2')
         self.batchnorm = _one_of('batchnorm', batchnorm, False, True, 'translator')
         self.compare = _one_of('compare', compare, 'factor', 'attention')
-        self.paraphrasers = nn.ModuleList(Paraphraser(t, round(rate * t), batchnorm is True, **where) for t in sizes[1])
+        self.paraphrasers = nn.ModuleList(Paraphraser(t, round(rate * t), batchnorm is True, **where)
+                                          for t in sizes[1])
         self.translators = nn.ModuleList(
             Translator(s, round(rate * t), bool(batchnorm), **where) for s, t in zip(*sizes))
         self.paraphrasers.requires_grad_(False)
@@ -143,7 +146,8 @@ class _Networks(DistillationLoss):
 
     def extra_repr(self):
         return (f'rate={self.rate:g}, p={self.p:g}, reduction={self.reduction!r}, '
-                f'reconstruction={self.reconstruction!r}, batchnorm={self.batchnorm!r}, compare={self.compare!r}')
+                f'reconstruction={self.reconstruction!r}, batchnorm={self.batchnorm!r}, '
+                f'compare={self.compare!r}')
 
 # %% ../../nbs/losses/09_ft.ipynb #fba2d516
 class _Prepared(_Networks):
@@ -151,7 +155,8 @@ class _Prepared(_Networks):
     _open = False    # is the backward pass of a `prepare` still to come?
 
     def _rest(self):
-        "Outside `prepare` no paraphraser wants a gradient or has one: no optimiser moves it, and DDP does not wait for it."
+        """Outside `prepare` no paraphraser wants a gradient or has one:
+        no optimiser moves it, and DDP does not wait for it."""
         if next(self.paraphrasers.parameters()).requires_grad and not self._open:
             self.paraphrasers.requires_grad_(False)
             for p in self.paraphrasers.parameters():
@@ -172,7 +177,7 @@ class _Prepared(_Networks):
         student, # (N, C_S, H, W), or a list: only its height and width are read
         teacher, # (N, C_T, H', W'), or a list of as many
         index=None, # not needed
-    ) -> torch.Tensor: # 0-dim, the sum over layers of the reconstruction losses. Raises ValueError on bad shapes
+    ) -> torch.Tensor: # 0-dim, the sum of the reconstruction losses. Raises ValueError on bad shapes
         "The first stage: only the paraphrasers receive a gradient, and want one until the next `forward`."
         total, pairs = 0., self._pairs(student, teacher)
         self.paraphrasers.requires_grad_(True).train(self.training)
@@ -188,7 +193,8 @@ class _Prepared(_Networks):
 
 # %% ../../nbs/losses/09_ft.ipynb #642cb071
 class FT(_Prepared):
-    """Difference of normalised factors: the teacher's from a trained paraphraser, the student's from a translator.
+    """Difference of normalised factors:
+    the teacher's from a trained paraphraser, the student's from a translator.
     Kim et al. 2018, Sec. 3; a mean as in the authors' code."""
     @classmethod
     def from_features(cls,
@@ -199,7 +205,8 @@ class FT(_Prepared):
     ) -> 'FT':
         "The loss for layers of these shapes. Raises ValueError as the loss itself does."
         pairs = as_map_pairs(student, teacher, cls.__name__)
-        return beside(student, lambda: cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options))
+        return beside(student,
+                      lambda: cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options))
 
     def forward(self,
         student, # (N, C_S, H, W), or a list: receives the gradient, as the translators do
@@ -218,7 +225,8 @@ class FT(_Prepared):
 
 # %% ../../nbs/losses/09_ft.ipynb #02f08684
 class FTShortcut(DistillationLoss):
-    "AT with an L1 distance: the CRD benchmark's loss class for FT by itself, without paraphraser and translator."
+    """AT with an L1 distance: the CRD benchmark's loss class for FT by itself,
+    without paraphraser and translator."""
     def __init__(self,
         p:float=1., # power of the difference, at least 1; 2 makes it AT
     ):

@@ -16,7 +16,8 @@ from ..relations import full_precision
 
 # %% ../../nbs/losses/01_kd.ipynb #6044967c
 class KD(DistillationLoss):
-    """Kullback-Leibler divergence of the softened class probabilities, times T^2 (Hinton et al. 2015, Sec. 2).
+    """Kullback-Leibler divergence of the softened class probabilities, times T^2
+    (Hinton et al. 2015, Sec. 2).
     The mean over the batch."""
     def __init__(self,
         T:float=4., # temperature, above 0; 4 in the RKD paper and in the CRD benchmark
@@ -38,9 +39,10 @@ class KD(DistillationLoss):
             raise ValueError("KD needs logits of the same samples and classes, at least one; "
                              f"got {tuple(student.shape)} and {tuple(teacher.shape)}")
         if student.shape[1] < 2:
-            raise ValueError(f"KD of one logit a sample is 0 whatever it says; got {tuple(student.shape)}: for a binary "
-                             "network put a 0 beside it, torch.cat([torch.zeros_like(z), z], 1)")
-        student, teacher = (z.float() if z.dtype.itemsize < 4 else z for z in (student, without_graph(teacher)))
+            raise ValueError(f"KD of one logit a sample is 0 whatever it says; got {tuple(student.shape)}: "
+                             "for a binary network put a 0 beside it, torch.cat([torch.zeros_like(z), z], 1)")
+        student, teacher = (z.float() if z.dtype.itemsize < 4 else z
+                            for z in (student, without_graph(teacher)))
         with full_precision(student):
             log_q, log_p = F.log_softmax(student / self.T, 1), F.log_softmax(teacher / self.T, 1)
             never = log_p == -math.inf    # 0 log 0 = 0, whatever the student says there

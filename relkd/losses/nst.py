@@ -17,7 +17,8 @@ def selectivity(
     f:torch.Tensor,    # (N, C, H, W) feature map
     eps:float=1e-5,    # a channel whose activations are nowhere larger than this selects nothing
 ) -> torch.Tensor: # (N, C, H * W), each row of length 1, or 0 throughout
-    "Which places excite each channel: its flattened map, normalised (Huang & Wang 2017, neuron selectivity patterns)."
+    """Which places excite each channel: its flattened map, normalised
+    (Huang & Wang 2017, neuron selectivity patterns)."""
     f = f.flatten(2)
     peak = f.detach().abs().amax(2, keepdim=True)             # cancels in the normalisation, its gradient too
     return F.normalize(f / peak.masked_fill(peak <= eps, float('inf')), dim=2)
@@ -34,7 +35,8 @@ def _gaussian(x, y, sigma2):
         mean_s, mean_t = x.detach().mean(1), y.mean(1)
         sigma2 = (length2(x).mean(1) + length2(y).mean(1) - 2 * (mean_s * mean_t).sum(1))[:, None, None]
         sigma2 = sigma2.masked_fill(sigma2 <= 1e-6, float('inf'))        # all channels alike: no discrepancy
-    return lambda a, b: (a / sigma2 @ b.mT - (length2(a)[:, :, None] + length2(b)[:, None]) / (2 * sigma2)).exp()
+    return lambda a, b: (a / sigma2 @ b.mT - (length2(a)[:, :, None] + length2(b)[:, None])
+                         / (2 * sigma2)).exp()
 
 # %% ../../nbs/losses/11_nst.ipynb #2b9e6c08
 class _Kernel(DistillationLoss):
@@ -43,8 +45,8 @@ class _Kernel(DistillationLoss):
         kernel:str='polynomial', # or 'linear' or 'gaussian'
         degree:int=2,            # d of the polynomial kernel (x . y + c)^d, at least 1
         c:float=0.,              # c of the polynomial kernel, at least 0
-        sigma2:float=None,       # of the Gaussian; None: mean squared distance of student's and teacher's channels
-        teacher_term:bool=True,  # the constant teacher-teacher term; False as in the authors' code: the same gradient
+        sigma2:float=None,  # of the Gaussian; None: mean squared distance of student's and teacher's channels
+        teacher_term:bool=True,  # the teacher-teacher constant; authors' code: False, the same gradient
     ):
         super().__init__()
         if kernel not in ('linear', 'polynomial', 'gaussian'):
@@ -52,11 +54,14 @@ class _Kernel(DistillationLoss):
         if not (isinstance(degree, int) and degree >= 1 and finite(c) and c >= 0):
             raise ValueError("NST needs a whole degree of at least 1 and c of at least 0; "
                              f"got degree = {degree} and c = {c}")
-        if sigma2 is not None and not (finite(sigma2) and sigma2 > 0): raise ValueError(f"NST needs sigma2 above 0, or None; got {sigma2}")
-        self.kernel, self.degree, self.c, self.sigma2, self.teacher_term = kernel, degree, c, sigma2, teacher_term
+        if sigma2 is not None and not (finite(sigma2) and sigma2 > 0):
+            raise ValueError(f"NST needs sigma2 above 0, or None; got {sigma2}")
+        self.kernel, self.degree, self.c, self.sigma2, self.teacher_term = (kernel, degree, c,
+                                                                            sigma2, teacher_term)
 
     def _polynomial(self, x, y): return (x @ y.mT + self.c).pow(self.degree)
-    def _function(self, x, y): return self._polynomial if self.kernel == 'polynomial' else _gaussian(x, y, self.sigma2)
+    def _function(self, x, y):
+        return self._polynomial if self.kernel == 'polynomial' else _gaussian(x, y, self.sigma2)
 
     def extra_repr(self):
         polynomial, gaussian = f', degree={self.degree}, c={self.c:g}', f', sigma2={self.sigma2}'
@@ -65,8 +70,10 @@ class _Kernel(DistillationLoss):
 
 # %% ../../nbs/losses/11_nst.ipynb #bb548149
 class NST(_Kernel):
-    """Squared maximum mean discrepancy of the student's and the teacher's normalised channels (Huang & Wang 2017).
-    The polynomial kernel with d = 2, c = 0 by default; no gradient goes through a Gaussian's default sigma2."""
+    """Squared maximum mean discrepancy of the student's and the teacher's normalised channels
+    (Huang & Wang 2017).
+    The polynomial kernel with d = 2, c = 0 by default;
+    no gradient goes through a Gaussian's default sigma2."""
     def forward(self,
         student, # (N, C_S, H, W), or a list of maps: receives the gradient
         teacher, # (N, C_T, H', W'), or a list of as many: receives none; N the same

@@ -28,9 +28,10 @@ def margin_from_maps(
 # %% ../../nbs/losses/13_ofd.ipynb #b41ec35e
 def margin_from_batchnorm(
     bn:nn.Module,     # a batch normalisation of C channels, right before the ReLU
-    rare:float=1e-3,  # a channel negative more rarely gets -3 |weight|, as in the authors' code; 0: the formula for all
+    rare:float=1e-3,  # a channel negative more rarely gets -3 |weight| (authors' code); 0: none does
 ) -> torch.Tensor: # (C,), at most 0. Raises ValueError if it is no batch normalisation
-    """Mean of the negative responses of every channel, if normal with mean `bn.bias` and deviation `|bn.weight|`.
+    """Mean of the negative responses of every channel,
+    if normal with mean `bn.bias` and deviation `|bn.weight|`.
     Heo et al. 2019, Appendix A."""
     if not isinstance(bn, nn.modules.batchnorm._BatchNorm):
         raise ValueError(f"margin_from_batchnorm needs a batch normalisation; got {type(bn).__name__}: "
@@ -46,31 +47,37 @@ def margin_from_batchnorm(
 
 # %% ../../nbs/losses/13_ofd.ipynb #a3eecc33
 class OFD(PreActivationLoss):
-    """Partial L2 distance between the student behind connectors and the teacher's margin ReLU (Heo et al., ICCV 2019).
-    Sec. 3; scale and layer weights as in the authors' CIFAR-100 code; its margins come from `margin_from_batchnorm`."""
+    """Partial L2 distance between the student behind connectors and the teacher's margin ReLU
+    (Heo et al., ICCV 2019).
+    Sec. 3; scale and layer weights as in the authors' CIFAR-100 code;
+    its margins come from `margin_from_batchnorm`."""
     def __init__(self,
         in_channels,        # C_S or D_S, of the student's layer; a list for several layers, the deepest last
         out_channels,       # C_T or D_T, of the teacher's; a list of as many
-        margins='batch',    # 'batch': measured on each; or a (C_T,) tensor a layer; or a number: 0 is ReLU, -inf no cut
+        margins='batch',    # measured on each; or a (C_T,) tensor a layer; or a number: 0 ReLU, -inf no cut
         scale=.001,         # multiple of a sample's sum; 'mean': the mean over everything
         layer_weights=None, # one a layer; by default the deepest 1, the one before 1/2, then 1/4, ...
         connector=True,     # True: at every layer; False: at none; None: where the channels differ
         device=None,        # where the parameters are made, as in torch.nn
         dtype=None,         # their type
     ):
-        super().__init__(in_channels, out_channels, scale, layer_weights, connector, device=device, dtype=dtype)
+        super().__init__(in_channels, out_channels, scale, layer_weights, connector,
+                         device=device, dtype=dtype)
         self.measured = isinstance(margins, str)
         if self.measured and margins != 'batch':
             raise ValueError(f"OFD takes margins='batch', one tensor a layer, or a number; got {margins!r}")
         if self.measured: return
         if isinstance(margins, (int, float)): margins = [margins] * len(self.channels)
-        margins = [torch.as_tensor(m).detach() for m in ([margins] if isinstance(margins, torch.Tensor) else margins)]
+        margins = [torch.as_tensor(m).detach()
+                   for m in ([margins] if isinstance(margins, torch.Tensor) else margins)]
         if len(margins) != len(self.channels):
-            raise ValueError(f"OFD needs one tensor of margins a layer; got {len(margins)} for {len(self.channels)}")
+            raise ValueError(f"OFD needs one tensor of margins a layer; got {len(margins)} for "
+                             f"{len(self.channels)}")
         for k, (m, (_, c)) in enumerate(zip(margins, self.channels)):
             if tuple(m.shape) not in ((), (c,)) or not (traced(m) or (m <= 0).all()):
                 raise ValueError(f"OFD needs a margin of at most 0 for each of the {c} teacher channels; "
-                                 f"got shape {tuple(m.shape)}, largest {m.max().item() if m.numel() else None}")
+                                 f"got shape {tuple(m.shape)}, largest "
+                                 f"{m.max().item() if m.numel() else None}")
             m = (m if m.is_floating_point() else m.float()).expand(c).clone()
             self.register_buffer(f'margin{k}', m.to(device=device, dtype=dtype))
 

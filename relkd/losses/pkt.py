@@ -13,7 +13,8 @@ from ..relations import full_precision
 
 # %% ../../nbs/losses/07_pkt.ipynb #8e816206
 def _parts(e, distinct, eps):
-    "Directions, lengths (infinite where there is none), kernel, its row sums: kernel over sums are the probabilities."
+    """Directions, lengths (infinite where there is none), kernel, its row sums:
+    kernel over sums are the probabilities."""
     length = torch.linalg.vector_norm(e, dim=1, keepdim=True)
     length = length.masked_fill(length <= eps, float('inf'))
     unit = e / length
@@ -26,7 +27,8 @@ def conditional_probabilities(
     distinct:bool=False, # leave out j = i?
     eps:float=1e-5,      # an embedding no longer than this has no direction
 ) -> torch.Tensor: # (N, N), `[i, j]` is p(j | i); each row sums to 1
-    "Cosine of every pair, moved to [0, 1] and divided by the sum of its row (Passalis & Tefas 2018, cosine kernel)."
+    """Cosine of every pair, moved to [0, 1] and divided by the sum of its row
+    (Passalis & Tefas 2018, cosine kernel)."""
     *_, k, total = _parts(e, distinct, eps)
     return k / total
 
@@ -35,7 +37,7 @@ class PKT(DistillationLoss):
     """KL divergence of the conditional probabilities of a batch, teacher to student (Passalis & Tefas 2018).
     The cosine kernel; the mean as in the authors' code."""
     def __init__(self,
-        reduction:str='mean', # 'mean' over all N^2 entries (authors' code), or 'batchmean': sum over j, mean over i
+        reduction:str='mean', # over all N^2 (authors' code), or 'batchmean': sum over j, mean over i
         distinct:bool=False,  # leave out j = i, from the probabilities and from the mean?
         eps:float=1e-7,       # added to both probabilities inside the logarithm, at least 1e-7
     ):
@@ -43,7 +45,8 @@ class PKT(DistillationLoss):
         if reduction not in ('mean', 'batchmean'):
             raise ValueError("PKT needs reduction 'mean' (the authors') or 'batchmean' (the divergence); "
                              f"got {reduction!r}")
-        if not (finite(eps) and eps >= 1e-7): raise ValueError(f"PKT needs an eps of at least 1e-7, float32 resolves no less; got {eps}")
+        if not (finite(eps) and eps >= 1e-7):
+            raise ValueError(f"PKT needs an eps of at least 1e-7, float32 resolves no less; got {eps}")
         self.reduction, self.distinct, self.eps = reduction, distinct, eps
 
     def forward(self,
@@ -51,7 +54,8 @@ class PKT(DistillationLoss):
         teacher:torch.Tensor, # (N, D_T) or (N, C', H', W'): receives none; N the same
         index=None, # not needed
     ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes or N < 2 (N < 3 if distinct)
-        s, t = as_pair(student, teacher, 3 if self.distinct else 2, 'PKT(distinct=True)' if self.distinct else 'PKT', 2)
+        s, t = as_pair(student, teacher, 3 if self.distinct else 2,
+                       'PKT(distinct=True)' if self.distinct else 'PKT', 2)
         n = s.shape[0]
         count = n if self.reduction == 'batchmean' else n * (n - 1) if self.distinct else n * n
         with full_precision(s), torch.no_grad():

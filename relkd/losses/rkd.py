@@ -32,7 +32,7 @@ class RKDDistance(_OfSides):
     """Distance-wise loss RKD-D: Huber loss of the pairwise distances (Park et al. 2019, Sec. 3.2).
     Each distance is divided by the mean of its batch."""
     def __init__(self,
-        distinct:bool=False, # mean over pairs of distinct samples (the paper's) instead of all N^2 (the authors' code)
+        distinct:bool=False, # mean over pairs of distinct samples (paper), not all N^2 (authors' code)
     ):
         super().__init__()
         self.distinct = distinct
@@ -53,15 +53,17 @@ class RKDDistance(_OfSides):
 
 # %% ../../nbs/losses/00_rkd.ipynb #aa4d3e57
 class RKDAngle(_OfSides):
-    "Angle-wise loss RKD-A: Huber loss of the cosines at every vertex, in O(N^2) memory (Park et al. 2019, Sec. 3.2)."
+    """Angle-wise loss RKD-A: Huber loss of the cosines at every vertex, in O(N^2) memory
+    (Park et al. 2019, Sec. 3.2)."""
     def __init__(self,
-        distinct:bool=False, # mean over triplets of distinct samples (paper) instead of all N^3 (authors' code)
-        compiled:bool=False, # fuse the inner loop by torch.compile: needs a compiler, and seconds at the first call
+        distinct:bool=False, # mean over triplets of distinct samples (paper), not all N^3 (authors' code)
+        compiled:bool=False, # fuse the inner loop by torch.compile: needs a compiler, seconds at first
         vertices:int=None,   # draw so many of the N vertices a call, which stand for all; None: take all N
     ):
         super().__init__()
         if vertices is not None and (not isinstance(vertices, int) or vertices < 1):
-            raise ValueError(f"vertices is how many are drawn a call, a whole number from 1, or None for all; got {vertices!r}")
+            raise ValueError("vertices is how many are drawn a call, a whole number from 1, or None for "
+                             f"all; got {vertices!r}")
         self.distinct, self.compiled, self.vertices = distinct, compiled, vertices
         self.anchors = 0, 1   # (rank, R), see `split`
 
@@ -93,7 +95,8 @@ class RKDAngle(_OfSides):
 
 # %% ../../nbs/losses/00_rkd.ipynb #f1602abe
 class RKD(_OfSides):
-    "RKD-DA: `w_distance` times the distance-wise, `w_angle` times the angle-wise loss (Park et al. 2019, Sec. 3.2)."
+    """RKD-DA: `w_distance` times the distance-wise, `w_angle` times the angle-wise loss
+    (Park et al. 2019, Sec. 3.2)."""
     def __init__(self,
         w_distance:float=25.,  # weight of RKDDistance; 25 in classification, 1 in metric learning
         w_angle:float=50.,     # weight of RKDAngle; 50 in classification, 2 in metric learning
@@ -111,7 +114,7 @@ class RKD(_OfSides):
         student:torch.Tensor, # (N, D_S), receives the gradient
         teacher,              # (N, D_T), receives none, or its Sides; N the same
         index=None,           # not needed
-    ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes, N < 3, D_S < 2 (unless w_angle is 0)
+    ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError: bad shapes, N < 3, D_S < 2 (if w_angle)
         loss = self.w_distance * self.distance(student, teacher)
         return loss + self.w_angle * self.angle(student, teacher) if self.w_angle else loss
 

@@ -37,7 +37,7 @@ def step(
     student=None, # layers; by default those asked
     teacher=None, # likewise
     through=None, # a function (loss, student's layers, teacher's layers) -> value; by default the call
-) -> list: # of tensors: value, gradients of the student's layers, gradients of the loss's parameters that have one
+) -> list: # of tensors: value, gradients of the student's layers and of the loss's parameters
     "Forward and backward."
     loss = asked.make() if loss is None else loss
     loss.zero_grad()
@@ -99,7 +99,8 @@ def overflowed(asked):
     loss = asked.make()
     step(asked, loss)
     def kept(): return [b for b in remembered(loss) if b.is_floating_point()]
-    before, bad = kept(), {side: [torch.full_like(x, torch.inf) for x in getattr(asked, side)] for side in ('student', 'teacher')}
+    before, bad = kept(), {side: [torch.full_like(x, torch.inf) for x in getattr(asked, side)]
+                           for side in ('student', 'teacher')}
     step(asked, loss, **bad)
     unmoved = same(before, kept())
     for side in bad:
@@ -151,13 +152,15 @@ def without_float64(asked):
     "On a device without float64: finite, and near to what it is elsewhere."
     with Watched(refuse_float64):
         narrow = step(asked)
-    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item()) for a, b in zip(narrow, step(asked)))
+    return all(torch.allclose(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
+               for a, b in zip(narrow, step(asked)))
 
 def deterministic(asked):
     "No adaptive pooling in the backward pass of maps whose sizes divide."
     names, n = set(), len(asked.student)
     def sized(layers, side):    # of several layers each has half the height of the one before
-        return [torch.randn(*x.shape[:2], *2 * [side * 2**(n - k)]) if x.dim() == 4 else x for k, x in enumerate(layers)]
+        return [torch.randn(*x.shape[:2], *2 * [side * 2**(n - k)]) if x.dim() == 4 else x
+                for k, x in enumerate(layers)]
     with Watched(lambda name, out: names.add(name)):
         step(asked, student=sized(asked.student, 4), teacher=sized(asked.teacher, 2))
     return not any('adaptive' in n and 'backward' in n for n in names)
@@ -180,7 +183,8 @@ def of_float8(asked):
 
 # %% ../../nbs/losses/23_rules.ipynb #a962f678
 def at_rest(asked):
-    "What wants a gradient has one; the rest has none, and neither decay nor momentum of a first stage moves it."
+    """What wants a gradient has one; the rest has none,
+    and neither decay nor momentum of a first stage moves it."""
     loss = asked.make()
     if not list(loss.parameters()):
         return True
@@ -190,7 +194,8 @@ def at_rest(asked):
         for _ in range(2):
             opt.zero_grad(set_to_none=False)
             before = [p.detach().clone() for p in loss.parameters()]
-            stage(given([s.clone().requires_grad_() for s in asked.student]), given(asked.teacher), **more).backward()
+            stage(given([s.clone().requires_grad_() for s in asked.student]), given(asked.teacher),
+                  **more).backward()
             opt.step()
     moved = [not torch.equal(a, b) for a, b in zip(before, loss.parameters())]
     return all((p.grad is not None) == p.requires_grad == m for p, m in zip(loss.parameters(), moved))
@@ -218,7 +223,8 @@ def in_threads(asked):
 def _smallest(asked):
     "Student's layers, teacher's layers and the rest of a call, cut down in each size."
     for n in (1, 2):
-        yield [[x[:n] for x in layers] for layers in (asked.student, asked.teacher)], {k: v[:n] for k, v in asked.more.items()}
+        yield [[x[:n] for x in layers]
+               for layers in (asked.student, asked.teacher)], {k: v[:n] for k, v in asked.more.items()}
     for cut in (lambda x: x[..., :1, :1] if x.dim() == 4 else x, lambda x: x[:, :1]):
         yield [[cut(x) for x in layers] for layers in (asked.student, asked.teacher)], asked.more
 

@@ -13,7 +13,8 @@ from ..relations import full_precision
 
 # %% ../../nbs/losses/04_sp.ipynb #7acc1f72
 def _normalised(gram, norm, eps):
-    """Gram matrices (..., N, N), which are overwritten, over their lengths; these; the length of the longest embedding.
+    """Gram matrices (..., N, N), which are overwritten, over their lengths; these;
+    the length of the longest embedding.
     Lengths are measured in the longest embedding's, and infinite for silent rows."""
     # the largest entry stands on the diagonal; it cancels below, its gradient too
     longest = gram.detach().amax((-2, -1), keepdim=True).sqrt_().clamp_(min=eps)
@@ -31,7 +32,8 @@ def similarities(
 
 # %% ../../nbs/losses/04_sp.ipynb #719ff692
 def _gap(s, t, norm):
-    "Mean squared difference of the tables of two batches, and its gradient with respect to the student's embeddings."
+    """Mean squared difference of the tables of two batches,
+    and its gradient with respect to the student's embeddings."""
     dtype, over = torch.promote_types(s.dtype, t.dtype), -1 if norm == 'row' else (-2, -1)
     with full_precision(s), torch.no_grad():
         x, y = s.detach().to(dtype), t.to(dtype)
@@ -39,7 +41,8 @@ def _gap(s, t, norm):
         P, Q = tables.unbind()
         gap = P - Q
         loss = gap.square().mean()
-        A = torch.addcmul(gap, P, (P * gap).sum(over, keepdim=True), value=-1).div_(length[0] * (gap.numel() / 2))
+        A = torch.addcmul(gap, P, (P * gap).sum(over, keepdim=True),
+                          value=-1).div_(length[0] * (gap.numel() / 2))
         return loss, ((A + A.t()) @ (x / longest[0])).to(s.dtype)
 
 # %% ../../nbs/losses/04_sp.ipynb #4e94514b
@@ -47,7 +50,7 @@ class SP(DistillationLoss):
     """Mean squared difference of the row-normalised Gram matrices of a batch (Tung & Mori 2019).
     The similarity-preserving loss."""
     def __init__(self,
-        norm:str='row', # 'row': every row by itself (paper); 'global': one Frobenius norm for the whole matrix
+        norm:str='row', # 'row': each row by itself (paper); 'global': one Frobenius norm for the whole matrix
     ):
         super().__init__()
         if norm not in ('row', 'global'):
@@ -58,9 +61,10 @@ class SP(DistillationLoss):
         student, # (N, D_S) or (N, C, H, W), which is flattened, or a list of layers: receives the gradient
         teacher, # (N, D_T) or (N, C', H', W'), or a list of as many: receives none; N the same
         index=None, # not needed
-    ) -> torch.Tensor: # 0-dim, the sum over layers, each from 0 to 4 / N ('global': 2 / N^2), float32 at least
+    ) -> torch.Tensor: # 0-dim, the sum over layers, each 0 to 4 / N ('global': 2 / N^2), float32 at least
         "Raises ValueError on bad shapes or N < 2."
-        if isinstance(student, torch.Tensor) and isinstance(teacher, torch.Tensor): return self._one(student, teacher)
+        if isinstance(student, torch.Tensor) and isinstance(teacher, torch.Tensor):
+            return self._one(student, teacher)
         layers = [list(e) if isinstance(e, (list, tuple)) else [e] for e in (student, teacher)]
         ns, nt = map(len, layers)
         if ns != nt or not ns:

@@ -112,4 +112,5 @@ class BatchNorm2d(Remembering, nn.BatchNorm2d):
         n, mean = total(x.new_full((1,), x.numel() / x.shape[1]), x.sum((0, 2, 3))).split([1, x.shape[1]])
         mean = mean / n
         var = total((x - mean[:, None, None]).square().sum((0, 2, 3))) / (n - 1)
-        return (kept.to(new.dtype).lerp(new, self.momentum) for kept, new in ((self.running_mean, mean), (self.running_var, var)))
+        return (kept.to(new.dtype).lerp(new, self.momentum)
+                for kept, new in ((self.running_mean, mean), (self.running_var, var)))

@@ -20,7 +20,9 @@ def _sizes(in_channels, out_channels, mid_channels):
     "Channels of each layer: [student's, hidden, teacher's], three lists."
     sizes = [list(c) if isinstance(c, (list, tuple)) else [c] for c in (in_channels, out_channels)]
     if mid_channels is None: hidden = sizes[1]
-    else: hidden = list(mid_channels) if isinstance(mid_channels, (list, tuple)) else [mid_channels] * len(sizes[1])
+    else:
+        hidden = (list(mid_channels) if isinstance(mid_channels, (list, tuple))
+                  else [mid_channels] * len(sizes[1]))
     sizes.insert(1, hidden)
     if len({len(c) for c in sizes}) > 1 or not sizes[0] or min(sum(sizes, [])) < 1:
         raise ValueError("VID needs as many in_channels as out_channels (and mid_channels), each at least 1; "
@@ -34,10 +36,11 @@ def _regressor(i, m, o, **where):
 # %% ../../nbs/losses/06_vid.ipynb #c82bc5c4
 def _surprise(s, t, regressor, alpha, eps):
     if (s.shape[1], t.shape[1]) != (regressor[0].in_channels, len(alpha)):
-        raise ValueError(f"VID was made for {regressor[0].in_channels} student and {len(alpha)} teacher channels; "
-                         f"got {s.shape[1]} and {t.shape[1]}: VID.from_features reads them from an example")
+        raise ValueError(f"VID was made for {regressor[0].in_channels} student and {len(alpha)} teacher "
+                         f"channels; got {s.shape[1]} and {t.shape[1]}: VID.from_features reads them from "
+                         "an example")
     dtype = torch.promote_types(s.dtype, alpha.dtype)
-    if s.dim() == 4 and s.shape[2] * s.shape[3] == 1: s, t = s.flatten(1), t.flatten(1)    # a product is faster
+    if s.dim() == 4 and s.shape[2] * s.shape[3] == 1: s, t = s.flatten(1), t.flatten(1)  # a product is faster
     with full_precision(s):
         s, t, variance = s.to(dtype), t.to(dtype), F.softplus(alpha.to(dtype)) + eps
         for k, conv in enumerate(regressor[::2]):
@@ -53,7 +56,7 @@ class _Gaussians(DistillationLoss):
     def __init__(self,
         in_channels,              # C_S or D_S, of the student's layer; a list for several layers
         out_channels,             # C_T or D_T, of the teacher's layer; a list of as many
-        mid_channels=None,        # width of the regressor's two hidden layers; a list of as many; None: out_channels
+        mid_channels=None, # width of the regressor's two hidden layers; a list of as many; None: out_channels
         init_variance:float=5.,   # of every channel at the start
         eps:float=1e-5,           # least variance
         device=None,              # where the parameters are made, as in torch.nn
@@ -62,7 +65,8 @@ class _Gaussians(DistillationLoss):
         super().__init__()
         sizes = _sizes(in_channels, out_channels, mid_channels)
         if not (finite(eps) and finite(init_variance) and 0 < eps < init_variance):
-            raise ValueError(f"VID needs 0 < eps < init_variance; got eps = {eps} and init_variance = {init_variance}")
+            raise ValueError(f"VID needs 0 < eps < init_variance; got eps = {eps} and init_variance = "
+                             f"{init_variance}")
         where, start = {'device': device, 'dtype': dtype}, init_variance - eps
         self.regressors = nn.ModuleList(_regressor(*of_layer, **where) for of_layer in zip(*sizes))
         self._alpha, self.eps = start + math.log(-math.expm1(-start)), eps    # softplus backwards
@@ -92,7 +96,8 @@ class VID(_Gaussians):
     ) -> 'VID':
         "The loss for layers of these shapes. Raises ValueError as the loss itself does."
         pairs = as_map_pairs(student, teacher, cls.__name__, embeddings=True)
-        return beside(student, lambda: cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options))
+        return beside(student,
+                      lambda: cls([s.shape[1] for s, _ in pairs], [t.shape[1] for _, t in pairs], **options))
 
     def forward(self,
         student, # (N, C_S, H, W) or (N, D_S), or a list: receives the gradient
@@ -103,4 +108,5 @@ class VID(_Gaussians):
         pairs = as_map_pairs(student, teacher, 'VID', embeddings=True)
         if len(pairs) != len(self.regressors):
             raise ValueError(f"VID was made for {len(self.regressors)} layer(s); got {len(pairs)}")
-        return sum(_surprise(s, t, g, a, self.eps) for g, a, (s, t) in zip(self.regressors, self.alphas, pairs))
+        return sum(_surprise(s, t, g, a, self.eps)
+                   for g, a, (s, t) in zip(self.regressors, self.alphas, pairs))

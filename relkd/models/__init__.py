@@ -9,12 +9,15 @@ __all__ = ['BasicBlock', 'Bottleneck', 'Conv4', 'InvertedResidual', 'MobileNetV2
 
 # %% ../../nbs/lab/01_models_index.ipynb #329f669e
 from .networks import BasicBlock, Bottleneck, Conv4, InvertedResidual, MobileNetV2, PreActBlock
-from .networks import ResNet, ResNetCifar, ShuffleNetV1, ShuffleNetV2, ShuffleUnit, VGG, WideResNet
+from .networks import (ResNet, ResNetCifar, ShuffleNetV1, ShuffleNetV2, ShuffleUnit,
+                                   VGG, WideResNet)
 from .networks import EXAMPLES, FAMILIES, create, flops
 from .published import load, manifest, rounded, save
 from .names import NAMES, load_into
 from .weights import read_weights, weights_hash
 
-_all_ = ['BasicBlock', 'Bottleneck', 'Conv4', 'InvertedResidual', 'MobileNetV2', 'PreActBlock', 'ResNet', 'ResNetCifar',
-         'ShuffleNetV1', 'ShuffleNetV2', 'ShuffleUnit', 'VGG', 'WideResNet', 'EXAMPLES', 'FAMILIES', 'NAMES', 'create', 'flops',
+_all_ = ['BasicBlock', 'Bottleneck', 'Conv4', 'InvertedResidual', 'MobileNetV2', 'PreActBlock', 'ResNet',
+         'ResNetCifar',
+         'ShuffleNetV1', 'ShuffleNetV2', 'ShuffleUnit', 'VGG', 'WideResNet', 'EXAMPLES', 'FAMILIES', 'NAMES',
+         'create', 'flops',
          'load', 'load_into', 'manifest', 'read_weights', 'rounded', 'save', 'weights_hash']

@@ -14,7 +14,8 @@ from torchvision.models import get_model
 # %% ../../nbs/lab/01_imagenet.ipynb #ff0b5cba
 @dataclass(frozen=True)
 class ImageNet:
-    "A torchvision network whose classifier is replaced by a linear layer; called as `relkd.models.create` calls a function."
+    """A torchvision network whose classifier is replaced by a linear layer;
+    called as `relkd.models.create` calls a function."""
     name:str              # of torchvision.models: 'resnet18', 'resnet50'
     pretrained:bool=True  # with the first published ImageNet weights, which papers of 2019 used
 
@@ -27,16 +28,18 @@ class ImageNet:
             raise ValueError(f"{self.name} of torchvision reads images of 3 channels; these have {channels}")
         net = _with_weights(self.name) if self.pretrained else get_model(self.name, weights=None)
         if not isinstance(getattr(net, 'fc', None), nn.Linear):
-            raise ValueError(f"{self.name} of torchvision has no layer 'fc' to be replaced: take a ResNet, or a function of your own")
+            raise ValueError(f"{self.name} of torchvision has no layer 'fc' to be replaced: take a ResNet, "
+                             "or a function of your own")
         net.fc = nn.Linear(net.fc.in_features, outputs) if outputs else nn.Identity()
         return net
 
-    def __str__(self): return f'torchvision {self.name}, {"ImageNet weights" if self.pretrained else "untrained"}'
+    def __str__(self):
+        return f'torchvision {self.name}, {"ImageNet weights" if self.pretrained else "untrained"}'
 
 def _with_weights(name):
     try:
         return get_model(name, weights='IMAGENET1K_V1', progress=False)
     except (OSError, RuntimeError) as error:                      # no connection; a file that is not whole
-        raise ValueError(f"the ImageNet weights of {name} could not be had ({error}): put torchvision's file into the folder "
-                         "hub/checkpoints below TORCH_HOME, or start without them: --set student.pretrained=False "
-                         "--set teacher.pretrained=False") from None
+        raise ValueError(f"the ImageNet weights of {name} could not be had ({error}): put torchvision's file "
+                         "into the folder hub/checkpoints below TORCH_HOME, or start without them: --set "
+                         "student.pretrained=False --set teacher.pretrained=False") from None

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from ..ground import nearest
-from .networks import EXAMPLES, MobileNetV2, ResNet, ResNetCifar, ShuffleNetV1, ShuffleNetV2, VGG, WideResNet, create
+from .networks import (EXAMPLES, MobileNetV2, ResNet, ResNetCifar, ShuffleNetV1, ShuffleNetV2,
+                                   VGG, WideResNet, create)
 from .weights import Opened, bare, misfit, opened
 
 # %% ../../nbs/lab/01_names.ipynb #7b11ecb4
@@ -53,20 +54,28 @@ def _shuffled(unit, places):
 _DOWN, _LINEAR = (r'\bdownsample\.', 'shortcut.'), (r'^linear\.', 'fc.')
 _STEM = (r'^conv1\.0\.', 'conv1.'), (r'^conv1\.1\.', 'bn1.')
 NAMES = { # whose -> what they call it
-    'RepDistiller resnet': Names((ResNetCifar,), (_DOWN,)),             # and mdistiller's, chenyaofo's, bearpaw's
+    'RepDistiller resnet': Names((ResNetCifar,), (_DOWN,)),  # and mdistiller's, chenyaofo's, bearpaw's
     'akamaster resnet': Names((ResNetCifar,), (_LINEAR,), padded=True),
-    'kuangliu resnet': Names((ResNet, ShuffleNetV1), (_LINEAR,)),       # and RepDistiller's ResNet18, 50, 101 and ShuffleV1
-    'weiaicunzai resnet': Names((ResNet,), (*_STEM, *((rf'^conv{k + 1}_x\.', f'layer{k}.') for k in range(1, 5)),
+    # and RepDistiller's ResNet18, 50, 101 and ShuffleV1
+    'kuangliu resnet': Names((ResNet, ShuffleNetV1), (_LINEAR,)),
+    'weiaicunzai resnet': Names((ResNet,),
+                                (*_STEM, *((rf'^conv{k + 1}_x\.', f'layer{k}.') for k in range(1, 5)),
                                             *_numbered('residual_function', '', 3))),
     'torchvision resnet': Names((ResNet,), (_DOWN,),
-                                doubt="huyvnphan's networks have these names, too, and a max-pool behind the stem"),
-    'RepDistiller wrn': Names((WideResNet,), ((r'^block(\d)\.layer\.', r'layer\1.'), (r'convShortcut\.', 'shortcut.'))),
-    'RepDistiller vgg': Names((VGG,), (*(pair for k in range(5) for pair in _numbered(f'^block{k}', f'layer{k + 1}.', 2)),
+                                doubt="huyvnphan's networks have these names, too, and a max-pool "
+                                      "behind the stem"),
+    'RepDistiller wrn': Names((WideResNet,),
+                              ((r'^block(\d)\.layer\.', r'layer\1.'), (r'convShortcut\.', 'shortcut.'))),
+    'RepDistiller vgg': Names(
+        (VGG,), (*(pair for k in range(5) for pair in _numbered(f'^block{k}', f'layer{k + 1}.', 2)),
                                        (r'^classifier\.', 'fc.')), largest=64),
-    'RepDistiller mobilenetv2': Names((MobileNetV2,), (*_STEM, (r'^conv2\.0\.', 'conv2.'), (r'^conv2\.1\.', 'bn2.'), *_mobile(),
+    'RepDistiller mobilenetv2': Names((MobileNetV2,), (*_STEM, (r'^conv2\.0\.', 'conv2.'),
+                                                       (r'^conv2\.1\.', 'bn2.'), *_mobile(),
                                                        (r'^classifier\.0\.', 'fc.'))),
-    'RepDistiller shufflenetv2': Names((ShuffleNetV2,), (*_shuffled('0', ((1, 0), (1, 2), (2, 0), (2, 3), (2, 5))),
-                                                         *_shuffled(r'[1-9]\d*', ((2, 0), (2, 3), (2, 5))), _LINEAR)),
+    'RepDistiller shufflenetv2': Names((ShuffleNetV2,),
+                                       (*_shuffled('0', ((1, 0), (1, 2), (2, 0), (2, 3), (2, 5))),
+                                                         *_shuffled(r'[1-9]\d*', ((2, 0), (2, 3), (2, 5))),
+                                                         _LINEAR)),
 }
 
 # %% ../../nbs/lab/01_names.ipynb #44efb75a
@@ -96,7 +105,8 @@ class Fit:
 
 def _prefixes(tensors, due, prefix):
     "What may stand before the names of this network, the shortest first."
-    count = Counter('.'.join(parts[:k] + ['']) for n in tensors if (parts := n.split('.')) for k in range(1, min(len(parts), 5)))
+    count = Counter('.'.join(parts[:k] + ['']) for n in tensors if (parts := n.split('.'))
+                    for k in range(1, min(len(parts), 5)))
     found = ['', *(p for p, n in count.items() if n >= len(due) / 2)]
     return sorted((p for p in found if not prefix or ('.' + p).endswith('.' + prefix)), key=len)
 
@@ -111,7 +121,8 @@ def _renamed(tensors, net, due, prefix, names):
 # %% ../../nbs/lab/01_names.ipynb #465bff82
 def _inside(net):
     "The network in DataParallel or torch.compile."
-    while (inner := getattr(net, '_orig_mod', None) or (net.module if isinstance(net, nn.DataParallel) else None)) is not None:
+    while (inner := getattr(net, '_orig_mod', None)
+           or (net.module if isinstance(net, nn.DataParallel) else None)) is not None:
         net = inner
     return net
 
@@ -121,7 +132,8 @@ def _chosen(fits, path):
         if some := [p for p in fits if word in re.split(r'[._]', p)]:
             return some[0]
     if len(fits) > 1:
-        raise ValueError(f"{path} holds several networks that fit, behind {' and '.join(map(repr, fits))}: name prefix=")
+        raise ValueError(f"{path} holds several networks that fit, behind {' and '.join(map(repr, fits))}: "
+                         "name prefix=")
     return next(iter(fits))
 
 def _rows(net, renames):
@@ -161,7 +173,8 @@ def _wrong(mine, due, found):
     if len(mine) == len(due) and len(odd) > 1 and all(n.startswith('fc.') for n in odd):
         return f"its classifier has {len(mine[odd[0]])} classes, not {len(due[odd[0]])}"
     others = ' or '.join(candidates(found))
-    return misfit(mine, due) + f"; the file begins with {next(iter(found.tensors))!r}" + f" and fits {others}" * bool(others)
+    return (misfit(mine, due) + f"; the file begins with {next(iter(found.tensors))!r}"
+            + f" and fits {others}" * bool(others))
 
 # %% ../../nbs/lab/01_names.ipynb #e84ef619
 def fitted(
@@ -200,7 +213,7 @@ def load_into(
     path,          # of torch.save or safetensors
     prefix:str='', # only what stands behind it: 'student.'
     renames=(),    # a name in NAMES, or pairs (pattern, replacement); by default whatever fits
-) -> nn.Module: # the same. Raises ValueError for what is not read, does not fit or is in doubt, having changed nothing
+) -> nn.Module: # the same. Raises ValueError, nothing changed, for what is not read, misfits or is in doubt
     "Fill a network with the weights in a file, all of them or none."
     fit = fitted(opened(path), net, prefix, renames)
     if fit.names.doubt and not renames:

@@ -45,7 +45,8 @@ class BasicBlock(nn.Module):
 
 # %% ../../nbs/lab/01_models.ipynb #09a6f3dc
 class Bottleneck(nn.Module):
-    "1 x 1, 3 x 3, 1 x 1 convolutions with BN and a shortcut (He et al. 2016, Fig. 5 right; stride at the 3 x 3)."
+    """1 x 1, 3 x 3, 1 x 1 convolutions with BN and a shortcut
+    (He et al. 2016, Fig. 5 right; stride at the 3 x 3)."""
     expansion = 4 # times `width` channels come out
     def __init__(self, cin:int, width:int, stride:int):
         super().__init__()
@@ -66,7 +67,8 @@ class Bottleneck(nn.Module):
 
 # %% ../../nbs/lab/01_models.ipynb #7dfa84f8
 def _stage(blocks):
-    "Blocks in a row; the last one's ReLU ends the stage instead, so that `layerK.relu:input` is the map before it."
+    """Blocks in a row; the last one's ReLU ends the stage instead,
+    so that `layerK.relu:input` is the map before it."""
     blocks[-1].relu = nn.Identity()
     named = [(str(b), block) for b, block in enumerate(blocks)]
     return nn.Sequential(OrderedDict([*named, ('relu', nn.ReLU())]))
@@ -82,7 +84,8 @@ def _classifier(features, classes):
     return nn.Linear(features, classes) if classes else nn.Identity()
 
 def _fan_out(net):
-    "Normal weights of variance 2 / (k * k * channels out) for every convolution, zero biases (He et al. 2015)."
+    """Normal weights of variance 2 / (k * k * channels out) for every convolution, zero biases
+    (He et al. 2015)."""
     for m in net.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode='fan_out', nonlinearity='relu')
@@ -97,7 +100,8 @@ def _small(fc):
 
 # %% ../../nbs/lab/01_models.ipynb #50a0a687
 class ResNet(nn.Module):
-    "A 3 x 3 stem, stages of residual blocks, each but the first halving the map, pool, classifier (He et al. 2016)."
+    """A 3 x 3 stem, stages of residual blocks, each but the first halving the map, pool, classifier
+    (He et al. 2016)."""
     def __init__(self,
         block,          # BasicBlock or Bottleneck
         counts:tuple,   # blocks of each stage
@@ -149,7 +153,8 @@ class PreActBlock(nn.Module):
         self.conv1 = nn.Conv2d(cin, cout, 3, stride, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(cout)
         self.conv2 = nn.Conv2d(cout, cout, 3, 1, 1, bias=False)
-        self.shortcut = None if cin == cout else nn.Conv2d(cin, cout, 1, stride, bias=False) # of the activated input
+        # of the activated input
+        self.shortcut = None if cin == cout else nn.Conv2d(cin, cout, 1, stride, bias=False)
 
     def forward(self, x): # (B, cin, H, W) -> (B, cout, H / stride, W / stride)
         active = F.relu(self.bn1(x))
@@ -158,7 +163,8 @@ class PreActBlock(nn.Module):
 
 # %% ../../nbs/lab/01_models.ipynb #37556b36
 class WideResNet(nn.Module):
-    "WRN-depth-width: a stem, three stages, BN, ReLU, pool, classifier (Zagoruyko and Komodakis 2016, Table 1)."
+    """WRN-depth-width: a stem, three stages, BN, ReLU, pool, classifier
+    (Zagoruyko and Komodakis 2016, Table 1)."""
     def __init__(self,
         depth:int,      # 6 n + 4: 16, 40
         width:int,      # times 16, 32 and 64 channels
@@ -190,8 +196,10 @@ class WideResNet(nn.Module):
 
 # %% ../../nbs/lab/01_models.ipynb #9177f1a9
 class VGG(nn.Module):
-    "VGG with BN and one classifier after global pooling, as in the CRD benchmark (Simonyan and Zisserman 2015)."
-    CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)} # depth -> how many in each stage
+    """VGG with BN and one classifier after global pooling, as in the CRD benchmark
+    (Simonyan and Zisserman 2015)."""
+    # depth -> how many in each stage
+    CONVOLUTIONS = {8: (1, 1, 1, 1, 1), 11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2)}
     def __init__(self,
         depth:int,      # 8, 11 or 13
         classes:int,    # outputs; None for the embedding
@@ -215,14 +223,16 @@ class VGG(nn.Module):
         _small(self.fc)
 
     def forward(self, x): # (B, channels, H, W) -> logits (B, classes)
-        pooled = self.stages[1:] if x.shape[-1] >= 64 else self.stages[1:-1] # stages with a max-pool before them
+        # stages with a max-pool before them
+        pooled = self.stages[1:] if x.shape[-1] >= 64 else self.stages[1:-1]
         for name in self.stages:
             x = getattr(self, name)(F.max_pool2d(x, 2) if name in pooled else x)
         return self.fc(self.avgpool(x).flatten(1))
 
 # %% ../../nbs/lab/01_models.ipynb #9432131d
 class InvertedResidual(nn.Module):
-    "Widen by 1 x 1, depthwise 3 x 3, narrow by 1 x 1 without ReLU; a shortcut (Sandler et al. 2018, Fig. 4d)."
+    """Widen by 1 x 1, depthwise 3 x 3, narrow by 1 x 1 without ReLU; a shortcut
+    (Sandler et al. 2018, Fig. 4d)."""
     def __init__(self, cin:int, cout:int, stride:int, expansion:int):
         super().__init__()
         mid = cin * expansion
@@ -282,7 +292,8 @@ class MobileNetV2(nn.Module):
 
 # %% ../../nbs/lab/01_models.ipynb #c154fd59
 class ShuffleUnit(nn.Module):
-    "Grouped 1 x 1, shuffle, depthwise 3 x 3, grouped 1 x 1, added to the input or beside it (Zhang et al. 2018)."
+    """Grouped 1 x 1, shuffle, depthwise 3 x 3, grouped 1 x 1, added to the input or beside it
+    (Zhang et al. 2018)."""
     def __init__(self, cin:int, cout:int, stride:int, groups:int=3):
         super().__init__()
         self.beside = stride == 2
@@ -333,7 +344,8 @@ class ShuffleNetV1(nn.Module):
 
 # %% ../../nbs/lab/01_models.ipynb #ae929778
 class ShuffleNetV2(nn.Module):
-    "ShuffleNetV2 1.0x of the CRD benchmark: torchvision's stages behind a 1 x 1 stem (Ma et al. 2018, Table 5)."
+    """ShuffleNetV2 1.0x of the CRD benchmark: torchvision's stages behind a 1 x 1 stem
+    (Ma et al. 2018, Table 5)."""
     def __init__(self,
         classes:int,    # outputs; None for the embedding
         channels:int=3, # of the images
@@ -378,12 +390,13 @@ class Conv4(nn.Module):
         self.num_features = 64 * (size // 16)**2
         self.fc = _classifier(self.num_features, classes)
 
-    def forward(self, x): # (B, channels, H, W) -> logits (B, classes). Raises ValueError if fc meets another size
+    def forward(self,
+                x): # (B, channels, H, W) -> logits (B, classes). Raises ValueError if fc meets another size
         height, width = x.shape[-2:]
         x = _through(self, x).flatten(1)
         if x.shape[1] != getattr(self.fc, 'in_features', x.shape[1]):
-            raise ValueError(f"this conv4 classifies images of {self.size} x {self.size}; got {height} x {width}: "
-                             f"create 'conv4_{height}', or classes=None for the embedding alone")
+            raise ValueError(f"this conv4 classifies images of {self.size} x {self.size}; got {height} x "
+                             f"{width}: create 'conv4_{height}', or classes=None for the embedding alone")
         return self.fc(x)
 
 # %% ../../nbs/lab/01_models.ipynb #dd3cf7e2
@@ -396,7 +409,8 @@ def _resnet_cifar(depth, width, classes, channels):
 
 def _resnet(depth, classes, channels):
     counts = {'18': (2, 2, 2, 2), '50': (3, 4, 6, 3), '101': (3, 4, 23, 3)}[depth]
-    return ResNet(BasicBlock if depth == '18' else Bottleneck, counts, (64, 64, 128, 256, 512), classes, channels)
+    return ResNet(BasicBlock if depth == '18' else Bottleneck, counts, (64, 64, 128, 256, 512),
+                  classes, channels)
 
 FAMILIES = { # pattern of the name -> what builds it from the groups
     r'resnet(8|14|20|32|44|56|110)(?:x(\d+(?:\.\d+)?))?': _resnet_cifar,
@@ -409,8 +423,10 @@ FAMILIES = { # pattern of the name -> what builds it from the groups
     r'conv4(?:_(\d+))?': lambda size, classes, channels: Conv4(classes, channels, int(size or 32)),
 }
 EXAMPLES = (
-    'resnet8', 'resnet8x0.5', 'resnet8x4', 'resnet14', 'resnet20', 'resnet32', 'resnet32x4', 'resnet44', 'resnet56',
-    'resnet110', 'resnet18', 'resnet50', 'resnet101', 'wrn_16_1', 'wrn_16_2', 'wrn_40_1', 'wrn_40_2', 'vgg8', 'vgg11',
+    'resnet8', 'resnet8x0.5', 'resnet8x4', 'resnet14', 'resnet20', 'resnet32', 'resnet32x4',
+    'resnet44', 'resnet56',
+    'resnet110', 'resnet18', 'resnet50', 'resnet101', 'wrn_16_1', 'wrn_16_2', 'wrn_40_1', 'wrn_40_2',
+    'vgg8', 'vgg11',
     'vgg13', 'mobilenetv2', 'shufflenetv1', 'shufflenetv2', 'conv4', 'conv4_28', 'conv4_84',
 )
 
@@ -425,7 +441,8 @@ def _builder(name):
 def _own(build, classes, channels):
     "A network that is not ours."
     if isinstance(build, nn.Module):
-        raise ValueError(f"create builds a network: give its class or a function, not a built {type(build).__name__}")
+        raise ValueError("create builds a network: give its class or a function, not a built "
+                         f"{type(build).__name__}")
     net = build(classes, channels)
     if not isinstance(net, nn.Module):
         what = getattr(build, '__name__', build)
@@ -434,14 +451,15 @@ def _own(build, classes, channels):
 
 # %% ../../nbs/lab/01_models.ipynb #f57eceb5
 def create(
-    name,               # 'resnet20', 'resnet8x4', ..., or a function (classes, channels) -> nn.Module of your own
+    name,           # 'resnet20', 'resnet8x4', ..., or a function (classes, channels) -> nn.Module of your own
     classes:int,        # outputs; None or 0: no classifier, the output is the embedding
     channels:int=3,     # of the images
     seed:int=0,         # of the initialisation
     embedding:int=None, # instead of a classifier, a linear layer to that many numbers
     head:str='linear',  # the classifier: 'linear', or 'cosine' for CosineLinear
 ) -> nn.Module:
-    "The network of that name, initialised from `seed`. Raises ValueError for a name, number or head that there is not."
+    """The network of that name, initialised from `seed`.
+    Raises ValueError for a name, number or head that there is not."""
     if classes is not None and classes < 0:
         raise ValueError(f"a network has 1 class or more, or None for the embedding; got classes = {classes}")
     if head not in ('linear', 'cosine'):
@@ -449,18 +467,20 @@ def create(
     if head == 'cosine' and not classes:
         raise ValueError(f"a cosine head is a classifier and needs at least 1 class; got classes = {classes}")
     if embedding is not None and (classes or embedding < 1):
-        raise ValueError("an embedding is a layer of 1 number or more in place of the classifier (classes=None); "
-                         f"got embedding = {embedding} and classes = {classes}")
+        raise ValueError("an embedding is a layer of 1 number or more in place of the classifier "
+                         f"(classes=None); got embedding = {embedding} and classes = {classes}")
     plain = embedding is None and head == 'linear'
     if callable(name) and not plain:
-        raise ValueError("embedding and head are for networks with a name: build the last layer in your own function")
+        raise ValueError("embedding and head are for networks with a name: build the last layer in your "
+                         "own function")
     build = partial(_own, name) if callable(name) else _builder(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if plain:
             return build(classes, channels)
         net = build(None, channels)
-        net.fc = nn.Linear(net.num_features, embedding) if embedding else CosineLinear(net.num_features, classes)
+        net.fc = (nn.Linear(net.num_features, embedding)
+                  if embedding else CosineLinear(net.num_features, classes))
         return net
 
 # %% ../../nbs/lab/01_models.ipynb #c61943cd

@@ -23,8 +23,10 @@ from .weights import bare, misfit, no_weights, opened
 
 # %% ../../nbs/lab/01_published.ipynb #24d27e85
 def _half(tensors):
-    "Floating-point tensors in float16, the others as they are, on the CPU. Raises ValueError for one beyond float16."
-    half = {n: (t.half() if t.is_floating_point() else t).detach().cpu().contiguous() for n, t in tensors.items()}
+    """Floating-point tensors in float16, the others as they are, on the CPU.
+    Raises ValueError for one beyond float16."""
+    half = {n: (t.half() if t.is_floating_point() else t).detach().cpu().contiguous()
+            for n, t in tensors.items()}
     for n, t in half.items():
         if t.is_floating_point() and not t.isfinite().all():
             value = tensors[n].detach().cpu()[~t.isfinite()][0].item()
@@ -46,12 +48,13 @@ def _line(name, t, size):
     return json.dumps({name: {'dtype': 'BF16', 'shape': list(t.shape), 'data_offsets': [size, size]}})
 
 def _groups(tensors, size):
-    "The tensors in groups that take at most `size` bytes as a file. Raises ValueError for one that is larger alone."
+    """The tensors in groups that take at most `size` bytes as a file.
+    Raises ValueError for one that is larger alone."""
     need = {n: t.numel() * t.element_size() + len(_line(n, t, size)) for n, t in tensors.items()}
     largest, full = max(need, key=need.get), size - 16 # 16: length of the header, and its padding
     if need[largest] > full:
-        raise ValueError(f"tensor {largest!r} alone takes {need[largest] + 16:,} bytes, and a tensor is not split; "
-                         f"part_size is {size:,}: choose a larger one")
+        raise ValueError(f"tensor {largest!r} alone takes {need[largest] + 16:,} bytes, and a tensor is "
+                         f"not split; part_size is {size:,}: choose a larger one")
     groups, room = [{}], full
     for n, t in tensors.items():
         if need[n] > room:
@@ -66,7 +69,8 @@ def _is(network, classes, channels):
     return f'{network} with {classes or "no"} classes and {channels} channels'
 
 def _written(path, tensors, size):
-    "Parts of at most `size` bytes beside the manifest `path`; one that is there with the same bytes is taken as it is."
+    """Parts of at most `size` bytes beside the manifest `path`;
+    one that is there with the same bytes is taken as it is."""
     from safetensors.torch import save as as_bytes
     parts, k = [], 0
     part = lambda k: path.with_name(f'{path.name[:-5]}-{k}.safetensors')
@@ -75,7 +79,8 @@ def _written(path, tensors, size):
             k += 1
         if not part(k).exists():
             write_atomically(part(k), content, 'folder=')
-        parts.append({'name': part(k).name, 'bytes': len(content), 'sha256': hashlib.sha256(content).hexdigest()})
+        parts.append({'name': part(k).name, 'bytes': len(content),
+                      'sha256': hashlib.sha256(content).hexdigest()})
         k += 1
     return parts
 
@@ -91,7 +96,8 @@ def save(
     about:dict=None,          # whatever JSON can hold: how it was made, how good it is, what to feed it
     options:dict=None,        # what else `create` was given: {'embedding': 64}
 ) -> dict: # the manifest. Raises ValueError if network, float16, a part or the disk cannot take the weights
-    "Publish weights in float16: parts, then the manifest; parts of an earlier version are removed after that."
+    """Publish weights in float16: parts, then the manifest;
+    parts of an earlier version are removed after that."""
     if not re.fullmatch(r'\w[\w.+-]*(/\w[\w.+-]*)*', name):
         raise ValueError(f"weights are published under a name like 'cifar100/resnet50'; got {name!r}")
     tensors = _half(bare(net.state_dict()))
@@ -126,16 +132,18 @@ def _foreign(path):
     return isinstance(content, dict) and 'parts' not in content
 
 def _hub_file(folder, name):
-    "The weights in a folder of Hugging Face's layout, asked for by the folder's name or its config's; None if it is none."
+    """The weights in a folder of Hugging Face's layout, asked for by the folder's name or its config's;
+    None if it is none."""
     for at in (folder / name, (folder / name).parent):
         if (at / 'config.json').is_file():
-            return next((f for n in ('model.safetensors', 'pytorch_model.bin') if (f := at / n).is_file()), None)
+            return next((f for n in ('model.safetensors', 'pytorch_model.bin') if (f := at / n).is_file()),
+                        None)
 
 # %% ../../nbs/lab/01_published.ipynb #41238ea0
 def manifest(
     name:str,    # 'cifar100/resnet50'
-    folder=None, # by default weights/ beside the package, which a checkout has, else weights/ in the working directory
-) -> dict: # network, classes, channels, parts, about. Raises ValueError for a name or a manifest that is not right
+    folder=None, # by default weights/ beside the package (in a checkout), else in the working directory
+) -> dict: # network, classes, channels, parts, about. Raises ValueError for a wrong name or manifest
     "What is known of published weights: how they were made, how good they are, what to feed them."
     folder = _folder(folder)
     files = [p for p in sorted(folder.glob('**/*.json')) if not p.name.startswith('._')] # ._x is a Mac's
@@ -143,14 +151,16 @@ def manifest(
     if name not in known or _foreign(known[name]):
         published = [n for n, p in known.items() if b'"parts"' in p.read_bytes()]
         if file := _hub_file(folder, name):
-            raise ValueError(f"{name!r} is a folder of Hugging Face, not published here: load its file, load({str(file)!r}, network=...)")
+            raise ValueError(f"{name!r} is a folder of Hugging Face, not published here: load its file, "
+                             f"load({str(file)!r}, network=...)")
         if not published:
             raise ValueError(f"no weights are published in {folder}, {name!r} neither: "
                              "name another folder, or put them there with `relkd publish`")
         raise ValueError(nearest('published network', name, published))
     try:
         m = json.loads(known[name].read_text(encoding='utf-8-sig'))
-        if type(m['network']) is not str or type(m['channels']) is not int or type(m['classes']) not in (int, type(None)):
+        if (type(m['network']) is not str or type(m['channels']) is not int
+            or type(m['classes']) not in (int, type(None))):
             raise TypeError('network is a name, classes and channels are numbers')
         for p in m['parts']:
             p['name'], p['bytes'], p['sha256']
@@ -161,12 +171,14 @@ def manifest(
 
 # %% ../../nbs/lab/01_published.ipynb #1dd5533d
 def _part(path, p):
-    "The bytes of a part, also under a browser's name for a second download: 'resnet8-0 (1).safetensors'; None without one."
+    """The bytes of a part, also under a browser's name for a second download: 'resnet8-0
+    (1).safetensors'; None without one."""
     try:
         return path.read_bytes()
     except OSError:
         alike = [f for f in path.parent.glob('*.safetensors') if f.stat().st_size == p['bytes']]
-        return next((c for f in alike if hashlib.sha256(c := f.read_bytes()).hexdigest() == p['sha256']), None)
+        return next((c for f in alike if hashlib.sha256(c := f.read_bytes()).hexdigest() == p['sha256']),
+                    None)
 
 def _of_file(path, network, classes, renames):
     "A network filled from anybody's file."
@@ -185,8 +197,9 @@ def load(
     network:str=None, # of a file: its name for `create`
     classes:int=None, # of a file: as many as its last layer puts out by default
     renames=(),       # of a file: as `load_into` takes it
-) -> nn.Module: # in float32, in evaluation mode. Raises ValueError as `manifest` does, for a bad part, and for a misfit
-    "The published network of that name, every part checked by its hash. What to feed it stands in its manifest."
+) -> nn.Module: # in float32, evaluating. Raises ValueError as `manifest` does, for a bad part, for a misfit
+    """The published network of that name, every part checked by its hash.
+    What to feed it stands in its manifest."""
     if network or Path(name).expanduser().is_file():
         return _of_file(name, network, classes, renames).eval()
     from safetensors import SafetensorError
@@ -200,19 +213,22 @@ def load(
             raise ValueError(f"part {p['name']} of {name} is {what}")
         if hashlib.sha256(content).hexdigest() != p['sha256']:
             raise ValueError(f"part {p['name']} of {name} is damaged "
-                             f"({len(content):,} bytes and another hash; {p['bytes']:,} were written): {again}")
+                             f"({len(content):,} bytes and another hash; {p['bytes']:,} were "
+                             f"written): {again}")
         try:
             tensors |= from_bytes(content)
         except SafetensorError as error:
             raise ValueError(f"part {p['name']} of {name} is no safetensors file ({error}): "
                              "publish the network again") from None
     build = partial(create, m['network'], m['classes'], m['channels'], **m.get('options', {}))
-    with torch.device('meta'): due = build().state_dict()             # takes no memory, whatever the manifest asks for
+    with torch.device('meta'): due = build().state_dict()  # takes no memory, whatever the manifest asks for
     if wrong := misfit(tensors, due):
         asked = _is(m['network'], m['classes'], m['channels'])
         raise ValueError(f"the weights of {name} do not fit {asked} ({wrong}): publish the network again")
-    if lost := next((n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()), None):
-        raise ValueError(f"the weights of {name} are of a network that diverged ({lost} is not finite): get another")
+    if lost := next((n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()),
+                    None):
+        raise ValueError(f"the weights of {name} are of a network that diverged ({lost} is not finite): "
+                         "get another")
     net = build()
     net.load_state_dict(tensors)
     return net.eval()

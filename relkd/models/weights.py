@@ -43,13 +43,17 @@ def _refused(error):
     "In words, why torch.load would not read a file."
     text = str(error)
     if made := re.search(r'GLOBAL (\S+)', text):
-        return f"it holds {made[1]} beside tensors, and making that could run code: save net.state_dict() alone"
+        return (f"it holds {made[1]} beside tensors, and making that could run code: save "
+                "net.state_dict() alone")
     if 'TorchScript' in text:
-        return "it is TorchScript, code beside the weights: save the state_dict() of torch.jit.load(...) alone"
-    return f"it is no whole file of torch.save or safetensors ({type(error).__name__}): unpack it, or copy it again"
+        return ("it is TorchScript, code beside the weights: save the state_dict() of "
+                "torch.jit.load(...) alone")
+    return (f"it is no whole file of torch.save or safetensors ({type(error).__name__}): unpack it, or "
+            "copy it again")
 
 def _harmless():
-    "What training scripts save beside the weights: namespaces and NumPy's numbers. They are read and dropped."
+    """What training scripts save beside the weights: namespaces and NumPy's numbers.
+    They are read and dropped."""
     from argparse import Namespace
     import numpy as np
     made = {'scalar': np.float64(0).__reduce__()[0], '_reconstruct': np.zeros(1).__reduce__()[0]}
@@ -63,7 +67,8 @@ def _content(path):
         with path.open('rb') as f:
             start = f.read(64)
     except OSError as error:
-        raise ValueError(f"cannot read {path} ({error.strerror}): name a file of torch.save or safetensors") from None
+        raise ValueError(
+            f"cannot read {path} ({error.strerror}): name a file of torch.save or safetensors") from None
     if not start:
         raise ValueError(f"{path} is empty: copy it again")
     if what := no_weights(start):
@@ -79,8 +84,10 @@ def _content(path):
         raise ValueError(f"{path} is not read: {_refused(error)}") from None
 
 # %% ../../nbs/lab/01_weights.ipynb #e4dde479
-AVERAGES = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema') # keys of a moving average of the weights: it wins
-WRAPPERS = (*AVERAGES, 'state_dict', 'model_state_dict', 'model', 'net', 'weights', 'params') # keys of weights
+# keys of a moving average of the weights: it wins
+AVERAGES = ('state_dict_ema', 'model_ema', 'ema_state_dict', 'ema')
+# keys of weights
+WRAPPERS = (*AVERAGES, 'state_dict', 'model_state_dict', 'model', 'net', 'weights', 'params')
 PREFIXES = ('module.', '_orig_mod.', 'model.', 'net.') # what wrappers put before every name
 
 def _named(content):
@@ -89,10 +96,12 @@ def _named(content):
         return {}, ()
     inside = {k: found for k in WRAPPERS if (found := _named(content.get(k)))[0]}
     if len(inside) > 1 and not set(inside) & set(AVERAGES):
-        raise ValueError(f"holds weights as {' and as '.join(map(repr, inside))}: save the ones that are meant alone")
+        raise ValueError(f"holds weights as {' and as '.join(map(repr, inside))}: save the ones that are "
+                         "meant alone")
     for k, (tensors, within) in inside.items():
         return tensors, (k, *within)
-    return {k: t.detach() for k, t in content.items() if isinstance(k, str) and isinstance(t, torch.Tensor)}, ()
+    return {k: t.detach() for k, t in content.items()
+            if isinstance(k, str) and isinstance(t, torch.Tensor)}, ()
 
 def _before(names):
     "What stands before every one of the names, of PREFIXES."
@@ -109,7 +118,8 @@ def bare(
     return {n[cut:]: t for n, t in tensors.items()}
 
 # %% ../../nbs/lab/01_weights.ipynb #79e15fa4
-STATED = ('accuracy', 'acc', 'acc1', 'best_acc', 'best_acc1', 'best_prec1', 'metric') # keys of what its owner measured
+# keys of what its owner measured
+STATED = ('accuracy', 'acc', 'acc1', 'best_acc', 'best_acc1', 'best_prec1', 'metric')
 _BESIDE = re.compile(r'(^|\.)(n_averaged|total_ops|total_params)$') # counters of AveragedModel and of thop
 
 def _stated(content):
@@ -148,7 +158,8 @@ def opened(
         if t.is_floating_point():
             tensors[n] = t = t.float() if t.element_size() < 4 else t
             if not t.isfinite().all():
-                raise ValueError(f"{path} is of a network that diverged: {n} holds {t[~t.isfinite()][0].item()}")
+                raise ValueError(f"{path} is of a network that diverged: {n} holds "
+                                 f"{t[~t.isfinite()][0].item()}")
     return Opened(path, tensors, under, _stated(content))
 
 def read_weights(
@@ -158,7 +169,8 @@ def read_weights(
     "The weights in a file, without the usual prefixes."
     found = {n[len(prefix):]: t for n, t in bare(opened(path).tensors).items() if n.startswith(prefix)}
     if not found:
-        raise ValueError(f"{path} holds no tensors by name that begins with {prefix!r}: save net.state_dict()")
+        raise ValueError(f"{path} holds no tensors by name that begins with {prefix!r}: save "
+                         "net.state_dict()")
     return found
 
 # %% ../../nbs/lab/01_weights.ipynb #1c416e17
@@ -180,7 +192,7 @@ def misfit(
     return ''
 
 # %% ../../nbs/lab/01_weights.ipynb #cf260235
-def _last_linear(net): # name of the layer that puts out what a task asks for; None if the network ends otherwise
+def _last_linear(net): # name of the layer whose output a task asks for; None if it ends otherwise
     layers = [(n, m) for n, m in net.named_modules() if next(m.parameters(recurse=False), None) is not None]
     name, layer = layers[-1]
     return name if isinstance(layer, nn.Linear) else None
@@ -188,14 +200,15 @@ def _last_linear(net): # name of the layer that puts out what a task asks for; N
 def start_from(
     net:nn.Module, # filled in place
     tensors:dict,  # name -> tensor, of a network of its kind, as `read_weights` gives them
-) -> nn.Module: # the same. Raises ValueError if more than the last layer is missing or of another shape, having changed nothing
-    "Fill a network with the weights of another, all but its last linear layer, which stays as it was initialised."
+) -> nn.Module: # the same. Raises ValueError, nothing changed, if more than the last layer misses or misfits
+    """Fill a network with the weights of another, all but its last linear layer,
+    which stays as it was initialised."""
     due, last = net.state_dict(), _last_linear(net)
     wanted = [n for n in due if n.rpartition('.')[0] != last]
     wrong = next((n for n in wanted if n not in tensors or tensors[n].shape != due[n].shape), None)
     if wrong:
         there = tuple(tensors[wrong].shape) if wrong in tensors else 'missing'
-        raise ValueError(f"a {type(net).__name__} cannot start from these weights ({wrong} is {there}, not {tuple(due[wrong].shape)}): "
-                         "take those of the same network, whatever it puts out")
+        raise ValueError(f"a {type(net).__name__} cannot start from these weights ({wrong} is {there}, not "
+                         f"{tuple(due[wrong].shape)}): take those of the same network, whatever it puts out")
     net.load_state_dict({n: tensors[n] for n in wanted}, strict=False)
     return net

@@ -54,7 +54,8 @@ def benchmark_rows(
     )
 
 # %% ../../nbs/tables/06_crd_benchmark.ipynb #c0ffee09
-EQUAL_PULL = {'KD': .4, 'FitNet': 2.7, 'AT': 7.3, 'SP': 270., 'CC': 27., 'VID': 110., 'RKD': .16, 'PKT': 11000.,
+EQUAL_PULL = {'KD': .4, 'FitNet': 2.7, 'AT': 7.3, 'SP': 270., 'CC': 27., 'VID': 110., 'RKD': .16,
+              'PKT': 11000.,
               'FT': 2.2, 'NST': 6.1, 'CRD': .43, 'OFD': 3.2}               # measured in losses/20_zoo
 
 def balanced_rows(
@@ -81,7 +82,8 @@ cifar100_crd = Recipe(
     together=True,
     eval_every=10,
     source='README of RepDistiller',
-    quoted={'Baseline': 72.50, 'KD': 73.33, 'FitNet': 73.50, 'AT': 73.44, 'SP': 72.94, 'VID': 73.09, 'RKD': 71.90, 'PKT': 73.64,
+    quoted={'Baseline': 72.50, 'KD': 73.33, 'FitNet': 73.50, 'AT': 73.44, 'SP': 72.94, 'VID': 73.09,
+            'RKD': 71.90, 'PKT': 73.64,
             'AB': 73.17, 'FT': 72.86, 'FSP': 72.62, 'NST': 73.30, 'CRD': 75.51, 'Teacher': 79.42},
 )
 
@@ -99,7 +101,8 @@ cifar100_crd_vgg = Recipe(
     together=True,
     eval_every=10,
     source='README of RepDistiller',
-    quoted={'Baseline': 70.36, 'KD': 72.98, 'FitNet': 71.02, 'AT': 71.43, 'SP': 72.68, 'VID': 71.23, 'RKD': 71.48, 'PKT': 72.88,
+    quoted={'Baseline': 70.36, 'KD': 72.98, 'FitNet': 71.02, 'AT': 71.43, 'SP': 72.68, 'VID': 71.23,
+            'RKD': 71.48, 'PKT': 72.88,
             'AB': 70.94, 'FT': 70.58, 'FSP': 70.23, 'NST': 71.53, 'CRD': 73.94, 'Teacher': 74.64},
 )
 
@@ -119,5 +122,6 @@ cifar100_losses = Recipe(
     together=False,
     eval_every=5,
     precision='bf16',
-    cut="cifar100/crd with resnet20 -> resnet8, 20 of 240 epochs, batch 128, and first stages of 30 epochs cut to 5",
+    cut="cifar100/crd with resnet20 -> resnet8, 20 of 240 epochs, batch 128, and first stages of 30 "
+        "epochs cut to 5",
 )

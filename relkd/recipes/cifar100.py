@@ -51,7 +51,8 @@ cifar100_paper = Recipe(
     together=True,
     eval_every=10,
     source='Park et al. 2019, Table 4, quoted from memory',
-    quoted={'Baseline': 71.26, 'RKD-D': 72.27, 'RKD-DA': 72.97, 'HKD': 74.26, 'HKD + RKD-DA': 74.66, 'FitNet': 70.81,
+    quoted={'Baseline': 71.26, 'RKD-D': 72.27, 'RKD-DA': 72.97, 'HKD': 74.26, 'HKD + RKD-DA': 74.66,
+            'FitNet': 70.81,
             'FitNet + RKD-DA': 72.98, 'Attention': 72.68, 'Attention + RKD-DA': 73.53, 'Teacher': 77.76},
 )
 
@@ -78,5 +79,6 @@ cifar100_cpu = Recipe(
     seeds=(0, 1, 2),
     together=True,
     eval_every=4,
-    cut='cifar100/fast with resnet20 -> resnet8, 4 of 9 rows, a fifth of the images for the students, 12 epochs of them, teacher 8 epochs',
+    cut='cifar100/fast with resnet20 -> resnet8, 4 of 9 rows, a fifth of the images for the students, 12 '
+        'epochs of them, teacher 8 epochs',
 )

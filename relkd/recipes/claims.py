@@ -26,14 +26,16 @@ from ..train.schedule import Schedule
 NO_LABEL = -100                 # what F.cross_entropy leaves out of its mean
 
 class LabelsAndOthers(Stream):
-    "Epochs of a fixed number of steps: labelled images and, where there are any, as many others without a label."
+    """Epochs of a fixed number of steps: labelled images and, where there are any,
+    as many others without a label."""
     def __init__(self,
         labelled:Batches, # of images with labels; an image may stand in it several times
         others:Batches,   # of images whose labels are hidden, or None
         steps:int,        # of an epoch
     ):
         if min(len(b) for b in (labelled, others) if b is not None) < steps:
-            raise ValueError(f"an epoch of {steps} steps needs as many batches; got {len(labelled)} of labelled images"
+            raise ValueError(f"an epoch of {steps} steps needs as many batches; got {len(labelled)} of "
+                             "labelled images"
                              + (f" and {len(others)} of others" if others is not None else ''))
         self.data, self.seed, self.steps = labelled.data, labelled.seed, steps
         self.labelled, self.others = labelled, others
@@ -59,7 +61,8 @@ class LabelsAndOthers(Stream):
 # %% ../../nbs/tables/07_claims.ipynb #c1a10008
 @dataclass(frozen=True)
 class FewLabels(Classify):
-    "Classification from few labels in equally many steps, alone or beside images without a label; the teacher had all."
+    """Classification from few labels in equally many steps, alone or beside images without a label;
+    the teacher had all."""
     steps:int=4            # of an epoch, whatever the number of labels
     unlabelled:bool=False  # does every batch also hold as many images without a label?
 
@@ -76,7 +79,8 @@ class FewLabels(Classify):
         hidden = torch.ones(len(data.train_labels), dtype=torch.bool)
         hidden[few] = False
         labelled = Batches(data, size, seed, few.repeat(-(-self.steps * size // len(few))), self.augment)
-        others = Batches(data, size, seed + 2000, hidden.nonzero()[:, 0], self.augment) if self.unlabelled else None
+        others = (Batches(data, size, seed + 2000, hidden.nonzero()[:, 0], self.augment)
+                  if self.unlabelled else None)
         return LabelsAndOthers(labelled, others, self.steps)
 
     def test(self, model, data) -> dict:
@@ -117,7 +121,8 @@ def directions(
     return e / length.masked_fill(length <= 1e-5, float('inf'))
 
 class SquaredCosine(DistillationLoss):
-    "Mean squared difference of two fidelity kernels, amplitude encoding: the squared cosines of all pairs of samples."
+    """Mean squared difference of two fidelity kernels, amplitude encoding:
+    the squared cosines of all pairs of samples."""
     def forward(self,
         student:torch.Tensor, # (N, D_S), receives the gradient
         teacher:torch.Tensor, # (N, D_T), receives none; N the same
@@ -136,7 +141,8 @@ class SquaredCosine(DistillationLoss):
 
 # %% ../../nbs/tables/07_claims.ipynb #c1a1001c
 class AngleEncoding(SquaredCosine):
-    "The same with angle encoding: one qubit a feature, turned by that feature; the fidelity is a product of cos^2."
+    """The same with angle encoding: one qubit a feature, turned by that feature;
+    the fidelity is a product of cos^2."""
     def __init__(self,
         scale:float=torch.pi, # angle of a feature that holds the whole length of its embedding, above 0
     ):

@@ -42,9 +42,11 @@ ON_SPHERE = {'l2': True}
 def paper_rows(
     sizes:tuple=(16, 32, 64, 128),
 ) -> tuple: # of Row
-    "Table 1's students: triplet on the sphere, and RKD-D, RKD-A, RKD-DA off and on it, at every size of the embedding."
+    """Table 1's students: triplet on the sphere, and RKD-D, RKD-A, RKD-DA off and on it,
+    at every size of the embedding."""
     d, a = rkd_da()
-    kinds = ('Triplet', (), 1., True), ('RKD-D', (d,), 0., False), ('RKD-A', (a,), 0., False), ('RKD-DA', (d, a), 0., False)
+    kinds = ('Triplet', (), 1., True), ('RKD-D', (d,), 0., False), ('RKD-A', (a,), 0.,
+                                                                    False), ('RKD-DA', (d, a), 0., False)
     kinds += ('RKD-D, l2', (d,), 0., True), ('RKD-A, l2', (a,), 0., True), ('RKD-DA, l2', (d, a), 0., True)
     return tuple(Row(f'{name} {size}', terms, task, changes={'size': size, **(ON_SPHERE if l2 else {})})
                  for size in sizes for name, terms, task, l2 in kinds)
@@ -58,7 +60,8 @@ def adam(
     gamma:float,
 ) -> Schedule:
     "The schedules of the paper's scripts: batches of 120, 5 a class, Adam, weight decay 1e-5."
-    return Schedule(epochs=epochs, batch_size=120, lr=lr, weight_decay=1e-5, milestones=milestones, gamma=gamma, optimiser='Adam')
+    return Schedule(epochs=epochs, batch_size=120, lr=lr, weight_decay=1e-5, milestones=milestones,
+                    gamma=gamma, optimiser='Adam')
 
 PHOTOGRAPHS = Retrieval(
     size=128,
@@ -112,10 +115,12 @@ def self_distilled(
     **changes,      # of the recipe, its title among them
 ) -> Recipe:
     "A student of the teacher's own kind and width, off the sphere, RKD alone (Table 2)."
-    before = (of.name, 'Teacher') if generation == 1 else (name.replace(f'-gen{generation}', f'-gen{generation - 1}'), 'RKD-DA')
+    before = ((of.name, 'Teacher') if generation == 1
+              else (name.replace(f'-gen{generation}', f'-gen{generation - 1}'), 'RKD-DA'))
     off = dict(size=of.task.teacher_size, teacher_l2=of.task.teacher_l2 and generation == 1)
     starts = {'student': of.starts['teacher']} if of.starts else {}
-    made = replace(of, teacher_weights=before, starts=starts, student=of.teacher, task=replace(of.task, **off),
+    made = replace(of, teacher_weights=before, starts=starts, student=of.teacher,
+                   task=replace(of.task, **off),
                    rows=(Row('RKD-DA', rkd_da(), task=0.),), quoted={}, baseline='Teacher')
     return replace(made, name=name, **changes)
 
@@ -151,7 +156,8 @@ metric_cifar100 = Recipe(
     title='Retrieval on CIFAR-100: 50 classes to learn from, 50 others to be found',
     data='cifar100',
     data_options={'split': 'retrieval'},
-    task=Retrieval(size=64, teacher_size=128, teacher_metric='MultiSimilarityLoss', augment=((pad_crop, {'pad': 4}), (flip, {}))),
+    task=Retrieval(size=64, teacher_size=128, teacher_metric='MultiSimilarityLoss',
+                   augment=((pad_crop, {'pad': 4}), (flip, {}))),
     teacher='resnet14',
     student='resnet8x0.5',
     rows=(
@@ -173,8 +179,8 @@ metric_cifar100 = Recipe(
     seeds=(0, 1, 2, 3, 4),
     eval_every=3,
     precision='32',
-    cut='networks for CIFAR from scratch instead of ImageNet weights; 300 steps of a student, 600 of its teacher, which learns from '
-        'the multi-similarity loss',
+    cut='networks for CIFAR from scratch instead of ImageNet weights; 300 steps of a student, 600 of its '
+        'teacher, which learns from the multi-similarity loss',
 )
 
 # %% ../../nbs/tables/05_metric_learning.ipynb #f5490f0c
@@ -195,7 +201,8 @@ metric_cifar100_start = replace(
     schedule=FINE_TUNED,
     teacher_schedule=FINE_TUNED,
     eval_every=4,
-    cut='Tiny ImageNet at 32 x 32 instead of ImageNet to begin with, networks for CIFAR; 400 steps of each network',
+    cut='Tiny ImageNet at 32 x 32 instead of ImageNet to begin with, networks for CIFAR; 400 steps of '
+        'each network',
 )
 
 # %% ../../nbs/tables/05_metric_learning.ipynb #3dddedf1
@@ -206,7 +213,8 @@ metric_cifar100_sizes = replace(
     teacher_weights=('metric/cifar100-start', 'Teacher'),
     seeds=(0, 1, 2),
     rows=tuple(Row(f'{name} {size}', terms, task, changes={'size': size, 'l2': not terms})
-               for size in (16, 32, 128) for name, terms, task in (('Triplet', (), 1.), ('RKD-DA', rkd_da(), 0.))),
+               for size in (16, 32, 128) for name, terms,
+               task in (('Triplet', (), 1.), ('RKD-DA', rkd_da(), 0.))),
 )
 metric_cifar100_gen1 = self_distilled(
     metric_cifar100_start,
@@ -230,10 +238,12 @@ metric_omniglot = replace(
     task=replace(metric_cifar100.task, teacher_size=64, augment=()),
     teacher='conv4_28',
     student='resnet8x0.5',
-    rows=tuple(r for r in metric_cifar100.rows if r.name in ('Triplet', 'RKD-D', 'RKD-A', 'RKD-DA', 'RKD-DA, l2', 'PKT', 'Regression')),
+    rows=tuple(r for r in metric_cifar100.rows
+               if r.name in ('Triplet', 'RKD-D', 'RKD-A', 'RKD-DA', 'RKD-DA, l2', 'PKT', 'Regression')),
     teacher_schedule=FROM_SCRATCH,
     seeds=(0, 1, 2),
-    cut='networks from scratch; 300 steps of a student and of its teacher, which learns from the multi-similarity loss',
+    cut='networks from scratch; 300 steps of a student and of its teacher, which learns from the '
+        'multi-similarity loss',
 )
 
 # %% ../../nbs/tables/05_metric_learning.ipynb #6046eed8
@@ -243,7 +253,8 @@ def five_drawings() -> Dataset: # Omniglot with many small classes: of each trai
     order = whole.labels.argsort(stable=True)
     sorted_labels = whole.labels[order]
     start = torch.searchsorted(sorted_labels, sorted_labels)
-    number = torch.empty_like(order).index_put_((order,), torch.arange(len(order)) - start)      # of the drawing in its class
+    # of the drawing in its class
+    number = torch.empty_like(order).index_put_((order,), torch.arange(len(order)) - start)
     kept = ~training | (number < 5)
     return replace(whole, name='omniglot, 5 drawings', images=whole.images[kept], labels=whole.labels[kept])
 
@@ -263,7 +274,8 @@ def weight_rows(
 ) -> tuple: # of Row: the task's own loss alone, and with RKD-DA at four weights
     "One row a weight, distance to angle 1 : 2."
     def terms(d): return Term('RKDDistance', d, layer, layer), Term('RKDAngle', 2 * d, layer, layer)
-    return Row('alone', changes=changes), *(Row(f'RKD-DA {d:g}:{2 * d:g}', terms(d), changes=changes) for d in (.1, 1., 25., 250.))
+    return Row('alone', changes=changes), *(Row(f'RKD-DA {d:g}:{2 * d:g}', terms(d), changes=changes)
+                                            for d in (.1, 1., 25., 250.))
 
 weights_classification = replace(
     digits,
@@ -285,7 +297,8 @@ weights_retrieval = Recipe(
     teacher='resnet14',
     student='resnet8x0.5',
     rows=weight_rows('logits', l2=True),
-    schedule=Schedule(epochs=10, batch_size=25, lr=2e-3, weight_decay=1e-5, milestones=(), cosine=True, optimiser='Adam'),
+    schedule=Schedule(epochs=10, batch_size=25, lr=2e-3, weight_decay=1e-5, milestones=(), cosine=True,
+                      optimiser='Adam'),
     seeds=tuple(range(8)),
     eval_every=10,
     precision='32',

@@ -63,6 +63,6 @@ cifar_fs_cpu = replace(
     schedule=halved_adam(epochs=4, every=.8),
     seeds=tuple(range(9)),
     eval_every=4,
-    cut='cifar_fs/paper with 10-way 5-query instead of 20-way 15-query training, 400 of 10,000 training episodes '
-        '(halvings squeezed along), 5-shot only, 4 of 8 rows',
+    cut='cifar_fs/paper with 10-way 5-query instead of 20-way 15-query training, 400 of 10,000 training '
+        'episodes (halvings squeezed along), 5-shot only, 4 of 8 rows',
 )

@@ -18,7 +18,8 @@ from ..train.schedule import Schedule
 def few_shot_rows(
     last:str, # the last map with more than one position, for Attention
 ) -> tuple: # of Row, without the teacher
-    "The rows of the RKD paper's few-shot tables, a student without a teacher before them, SP and PKT after them."
+    """The rows of the RKD paper's few-shot tables, a student without a teacher before them,
+    SP and PKT after them."""
     return (
         Row('Student'),
         Row('RKD-D', (Term('RKDDistance', 50.),)),
@@ -35,7 +36,8 @@ def halved_adam(
 ) -> Schedule:
     "Adam at 0.001, halved at intervals (Snell et al. 2017)."
     milestones = tuple(round(every * k, 6) for k in range(1, math.ceil(epochs / every)))
-    return Schedule(epochs=epochs, batch_size=None, lr=1e-3, weight_decay=0., milestones=milestones, gamma=.5, optimiser='Adam')
+    return Schedule(epochs=epochs, batch_size=None, lr=1e-3, weight_decay=0., milestones=milestones, gamma=.5,
+                    optimiser='Adam')
 
 # %% ../../nbs/tables/03_omniglot.ipynb #03a10006
 omniglot_paper = Recipe(

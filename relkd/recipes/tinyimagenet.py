@@ -43,7 +43,8 @@ tinyimagenet_paper = Recipe(
     together=True,
     eval_every=20,
     source='Park et al. 2019, Table 4, quoted from memory',
-    quoted={'Baseline': 54.45, 'RKD-D': 54.97, 'RKD-DA': 56.36, 'HKD': 57.65, 'HKD + RKD-DA': 58.15, 'FitNet': 55.59,
+    quoted={'Baseline': 54.45, 'RKD-D': 54.97, 'RKD-DA': 56.36, 'HKD': 57.65, 'HKD + RKD-DA': 58.15,
+            'FitNet': 55.59,
             'FitNet + RKD-DA': 55.54, 'Attention': 55.51, 'Attention + RKD-DA': 56.55, 'Teacher': 61.55},
 )
 
@@ -69,5 +70,6 @@ tinyimagenet_cpu = Recipe(
     together=True,
     eval_every=1,
     precision='32',
-    cut='pixels averaged to 32 x 32, resnet14 -> resnet8x0.5, 4 of 9 rows, 3 epochs of the fast schedule, teacher 4 epochs',
+    cut='pixels averaged to 32 x 32, resnet14 -> resnet8x0.5, 4 of 9 rows, 3 epochs of the fast schedule, '
+        'teacher 4 epochs',
 )

@@ -28,7 +28,8 @@ def described(
     "Plain words for a protocol."
     if is_dataclass(thing) and not isinstance(thing, type):
         kind = {'kind': type(thing).__name__} if isinstance(thing, Task) else {}
-        return kind | {f.name: described(v) for f in fields(thing) if (v := getattr(thing, f.name)) or 'later' not in f.metadata}
+        return kind | {f.name: described(v) for f in fields(thing)
+                       if (v := getattr(thing, f.name)) or 'later' not in f.metadata}
     if isinstance(thing, dict):
         return {str(k): described(v) for k, v in thing.items()}
     if isinstance(thing, (list, tuple)):
@@ -67,7 +68,8 @@ def changed(
     step, *rest = path
     if isinstance(thing, tuple):
         names = [getattr(v, 'name', str(k)) for k, v in enumerate(thing)]
-        k = int(step) if step.isdecimal() and int(step) < len(thing) else names.index(step) if step in names else None
+        k = (int(step) if step.isdecimal() and int(step) < len(thing) else names.index(step)
+             if step in names else None)
         if k is None:
             raise ValueError(f"--set {whole}: " + nearest('item', step, names))
         new, old = (value, thing[k]) if not rest else changed(thing[k], rest, value, whole)
@@ -78,7 +80,8 @@ def changed(
         new, old = (value, thing.get(step)) if not rest else changed(thing[step], rest, value, whole)
         return {**thing, step: new}, old
     if not is_dataclass(thing):
-        raise ValueError(f"--set {whole}: {thing!r} has no field {step!r}; name a value by its path, such as schedule.lr")
+        raise ValueError(f"--set {whole}: {thing!r} has no field {step!r}; name a value by its path, such as "
+                         "schedule.lr")
     names = [f.name for f in fields(thing)]
     if step not in names:
         raise ValueError(f"--set {whole}: " + nearest(f'field of {type(thing).__name__}', step, names))
@@ -94,5 +97,6 @@ def _like(value, old, whole):
         return float(value)
     plain = (bool, int, float, str)
     if isinstance(old, plain) and type(value) is not type(old) and not (type(old) is int and value is None):
-        raise ValueError(f"--set {whole}: {value!r} is a {type(value).__name__}, where {old!r} is a {type(old).__name__}")
+        raise ValueError(f"--set {whole}: {value!r} is a {type(value).__name__}, where {old!r} is a "
+                         f"{type(old).__name__}")
     return value

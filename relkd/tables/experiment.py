@@ -32,7 +32,8 @@ from ..train.session import Session, chosen_precision
 def memory_format(
     net:nn.Module,
 ) -> torch.memory_format: # channels_last, which is faster, where it is safe
-    "PyTorch 2.15 on a CPU with AVX2 alone writes past the end of a tensor in 1 x 1 convolutions with a stride and fewer than 8 channels."
+    """PyTorch 2.15 on a CPU with AVX2 alone writes past the end of a tensor in 1 x 1 convolutions with a
+    stride and fewer than 8 channels."""
     def strided(m): return isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and m.stride != (1, 1)
     narrow = any(strided(m) and m.in_channels < 8 for m in net.modules())
     return torch.contiguous_format if narrow else torch.channels_last
@@ -41,7 +42,8 @@ def _of_file(path):
     if isinstance(path, tuple):                               # a row of another recipe
         return {'recipe': path[0], 'row': path[1]}
     file = Path(path).expanduser()
-    return {'file': file.name, 'sha256': hashlib.sha256(file.read_bytes()).hexdigest()[:12], **described(getattr(path, 'decides', {}))}
+    return {'file': file.name, 'sha256': hashlib.sha256(file.read_bytes()).hexdigest()[:12],
+            **described(getattr(path, 'decides', {}))}
 
 def _check_images(net, name, data):
     "Images that a network cannot take are said now, not after hours."
@@ -58,7 +60,8 @@ def _check_layers(experiment):
     "So is a layer that does not exist."
     r = experiment.recipe
     objectives = [Objective(row, row.learns(r.task)) for row in r.rows]
-    students, teachers = ([n for o in objectives for n in getattr(o, f'{of}_layers')] for of in ('student', 'teacher'))
+    students, teachers = ([n for o in objectives for n in getattr(o, f'{of}_layers')]
+                          for of in ('student', 'teacher'))
     pairs = [(r.student, r.tasks[0], students)] if r.rows else []
     for of, task, layers in (*pairs, (r.teacher, r.tasks[0].for_teacher(), teachers)):
         net = experiment.network(of, task, 0)
@@ -68,7 +71,8 @@ def _check_layers(experiment):
 
 # %% ../../nbs/lab/31_experiment.ipynb #16365604
 def _check_streams(experiment):
-    "A batch that cannot be drawn is said now: the students' stream is made when their teacher has been trained."
+    """A batch that cannot be drawn is said now:
+    the students' stream is made when their teacher has been trained."""
     r = experiment.recipe
     for task in r.tasks:
         task.stream(experiment.data, r.schedule, 0, teacher=False)
@@ -135,9 +139,12 @@ class _Decided(_Bound):
     ) -> dict:
         "Everything that decides the result of a cell."
         r = self.recipe
-        mine = {'recipe': r.name, 'row': described(row), 'seed': seed, 'stream': stream, 'variant': r.variant(task),
-                'task': described(row.learns(task)), 'data': {'fingerprint': self.data.fingerprint, **r.data_options},
-                'network': described(r.teacher if teacher else r.student), 'eval_every': r.eval_every, 'cut': r.cut,
+        mine = {'recipe': r.name, 'row': described(row), 'seed': seed, 'stream': stream,
+                'variant': r.variant(task),
+                'task': described(row.learns(task)),
+                'data': {'fingerprint': self.data.fingerprint, **r.data_options},
+                'network': described(r.teacher if teacher else r.student),
+                'eval_every': r.eval_every, 'cut': r.cut,
                 'schedule': described(r.of_teacher if teacher else r.schedule), 'precision': self.precision}
         if start := self.starts.get('teacher' if teacher else 'student'):
             mine['start'] = start
@@ -161,7 +168,8 @@ class Experiment(_Decided):
 
     def path(self, protocol:dict) -> Path:
         "Where the checkpoint of a finished cell lies."
-        return self.folder / f"{cell_name(protocol['row']['name'], protocol['variant'], protocol['seed'])}.ckpt"
+        return (self.folder
+                / f"{cell_name(protocol['row']['name'], protocol['variant'], protocol['seed'])}.ckpt")
 
     def cells(self) -> list: # of protocols
         "All cells of the recipe, teachers first in their groups."
@@ -169,7 +177,8 @@ class Experiment(_Decided):
         for g in self.groups():
             teacher = self.teacher_protocol(g.task, g.stream)
             found[digest(teacher)] = teacher
-            for protocol in (self.protocol(row, g.task, s, g.stream) for s in g.seeds for row in self.recipe.rows):
+            for protocol in (self.protocol(row, g.task, s, g.stream) for s in g.seeds
+                             for row in self.recipe.rows):
                 found[digest(protocol)] = protocol
         return list(found.values())
 
@@ -178,7 +187,8 @@ def cell(
     experiment:Experiment,
     protocol:dict,
 ) -> dict: # recipe, row, variant, seed
-    return {'recipe': experiment.recipe.name, 'row': protocol['row']['name'], 'variant': protocol['variant'], 'seed': protocol['seed']}
+    return {'recipe': experiment.recipe.name, 'row': protocol['row']['name'], 'variant': protocol['variant'],
+            'seed': protocol['seed']}
 
 # %% ../../nbs/lab/31_experiment.ipynb #940128cb
 def refuse_others(
@@ -190,21 +200,26 @@ def refuse_others(
     for protocol in e.cells():
         record = record_path(s.out, cell(e, protocol))
         if record.exists() and read_record(record)['run'] != digest(protocol):
-            raise ValueError(f"{record.parent} holds records of another protocol or of an earlier version ({record.name}): {ways}")
+            raise ValueError(f"{record.parent} holds records of another protocol or of an earlier version "
+                             f"({record.name}): {ways}")
         manifest = manifest_of(e.path(protocol))
         if manifest and manifest['digest'] != digest(protocol):
-            raise ValueError(f"{e.folder} holds checkpoints of another protocol ({e.path(protocol).name}): {ways}")
+            raise ValueError(f"{e.folder} holds checkpoints of another protocol "
+                             f"({e.path(protocol).name}): {ways}")
     if old := of_earlier_version(e):
-        raise ValueError(f"{e.folder} holds checkpoints of an earlier version of relkd, which are not continued ({old[0].name}): {ways}")
+        raise ValueError(f"{e.folder} holds checkpoints of an earlier version of relkd, which are not "
+                         f"continued ({old[0].name}): {ways}")
 
 def of_earlier_version(experiment):
-    return [p for p in sorted(experiment.folder.glob('*.ckpt')) if 'version' not in (manifest_of(p) or {'version': 0})]
+    return [p for p in sorted(experiment.folder.glob('*.ckpt'))
+            if 'version' not in (manifest_of(p) or {'version': 0})]
 
 # %% ../../nbs/lab/31_experiment.ipynb #182e7e3a
 def clear_orphans(
     experiment:Experiment,
 ):
-    "Remove what kills left: groups whose cells are all finished, parts without a manifest, files that were not written to the end."
+    """Remove what kills left: groups whose cells are all finished, parts without a manifest,
+    files that were not written to the end."""
     folder, records = experiment.folder, Path(experiment.session.out) / 'records' / experiment.recipe.name
     for path in (*folder.glob('*.tmp'), *records.glob('*.tmp')):
         path.unlink(missing_ok=True)

@@ -50,16 +50,18 @@ def _same_episodes(records, test):
     "Raise ValueError if the records were tested on different episodes."
     kinds = {(r['tests'][test].get('queries'), r['tests'][test].get('episodes')) for r in records}
     protocols = [r['protocol'] for r in records]
-    old = {str([t for t in p['tests'] if f"{t['way']}-way {t['shot']}-shot" == test]) for p in protocols if 'tests' in p}
+    old = {str([t for t in p['tests'] if f"{t['way']}-way {t['shot']}-shot" == test])
+           for p in protocols if 'tests' in p}
     if len(kinds) > 1 or len(old) > 1:
         rows = ' and '.join(dict.fromkeys(r['row'] for r in records))
-        raise ValueError(f"records of {rows} were tested on different {test} episodes: run the recipe to its end, or remove the old ones")
+        raise ValueError(f"records of {rows} were tested on different {test} episodes: run the recipe to its "
+                         "end, or remove the old ones")
 
 def compare(
     records:list,
     row:str, base:str, # names of rows
     test:str,          # 'top-1', '5-way 1-shot'
-) -> dict: # difference, over_seeds, over_episodes, deviation, correlation, needed, seeds; empty without a common seed
+) -> dict: # difference, over_seeds, over_episodes, deviation, correlation, needed, seeds; or empty
     "Paired difference of two rows, seed by seed. Raises ValueError if test episodes were not the same."
     found = {n: _cells(records, n, test) for n in (row, base)}
     seeds = sorted(set(found[row]) & set(found[base]))
@@ -79,7 +81,8 @@ def _over_episodes(mine, theirs, test):
     mean, deviation = float(d.mean()), float(d.mean(0).std(ddof=1))
     with np.errstate(invalid='ignore', divide='ignore'):
         correlation = float(np.mean([np.corrcoef(x, y)[0, 1] for x, y in zip(a, b)]))
-    return {'difference': mean, 'over_seeds': interval_over_seeds(d.mean(1)), 'deviation': deviation, 'correlation': correlation,
+    return {'difference': mean, 'over_seeds': interval_over_seeds(d.mean(1)), 'deviation': deviation,
+            'correlation': correlation,
             'over_episodes': 1.96 * deviation / d.shape[1]**.5, 'needed': episodes_needed(mean, deviation)}
 
 # %% ../../nbs/lab/33_paired.ipynb #c87f5fd6
@@ -97,11 +100,14 @@ def _line(records, recipe, row, base, test):
     c = compare(records, row, base, test) if row != base else {}
     d, half = c.get('difference', math.nan), c.get('over_seeds', math.nan)
     best = [math.nan if r['best'] is None else r['best'] for r in mine]
-    looked = [next((e['validation'] for e in reversed(r['epochs']) if 'validation' in e), math.nan) for r in mine]
+    looked = [next((e['validation'] for e in reversed(r['epochs']) if 'validation' in e), math.nan)
+              for r in mine]
     paper, paper_half = _quoted(recipe, row, test)
-    return {'test': test, 'row': row, 'seeds': len(mine), 'last': a.mean(), 'sd': a.std(ddof=1) if len(a) > 1 else math.nan,
+    return {'test': test, 'row': row, 'seeds': len(mine), 'last': a.mean(),
+            'sd': a.std(ddof=1) if len(a) > 1 else math.nan,
             'over_episodes': np.mean([r['tests'][test].get('interval', math.nan) for r in mine]),
-            'difference': d, 'low': d - half, 'high': d + half, 'difference_over_episodes': c.get('over_episodes', math.nan),
+            'difference': d, 'low': d - half, 'high': d + half,
+            'difference_over_episodes': c.get('over_episodes', math.nan),
             'needed': c.get('needed', math.nan), 'best': np.mean(best), 'validation': np.mean(looked),
             'paper': paper, 'paper_over_episodes': paper_half}
 
@@ -115,12 +121,14 @@ def table(
     tests = list(dict.fromkeys(t for r in records for t in r['tests']))
     tests.sort(key=lambda t: _place(recipe, t))
     rows = dict.fromkeys([*recipe.row_names, *sorted(r['row'] for r in records)])
-    lines = [_line(records, recipe, row, recipe.base, t) for t in tests for row in rows if _cells(records, row, t)]
+    lines = [_line(records, recipe, row, recipe.base, t) for t in tests
+             for row in rows if _cells(records, row, t)]
     return pd.DataFrame(lines).set_index(['test', 'row'])
 
 def _place(recipe, test):
     "Tests in the order of the recipe's axes."
-    named = [n for task in recipe.tasks for n in (task.headline, *(t.name for t in getattr(task, 'trials', [])))]
+    named = [n for task in recipe.tasks
+             for n in (task.headline, *(t.name for t in getattr(task, 'trials', [])))]
     return named.index(test) if test in named else len(named)
 
 # %% ../../nbs/lab/33_paired.ipynb #d2079f2a
@@ -134,14 +142,16 @@ def lacking(
         seeds = {row: s for row, s in seeds.items() if s and row != 'Teacher'}
         for row, has in seeds.items():
             if missing := sorted(set().union(*seeds.values()) - has):
-                lines.append(f"{row} has no record of seed{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} in {test}")
+                lines.append(f"{row} has no record of seed{'s' * (len(missing) > 1)} "
+                             f"{', '.join(map(str, missing))} in {test}")
     return lines
 
 # %% ../../nbs/lab/33_paired.ipynb #e7a7fa25
 FREE = ('seed', 'stream', 'teacher', 'variant', 'shot')     # what may differ between the records of one row
 
 def _one_protocol(records):
-    "Raise ValueError unless all records of a row and place on the axes have one protocol, and those of a seed one teacher."
+    """Raise ValueError unless all records of a row and place on the axes have one protocol,
+    and those of a seed one teacher."""
     made, taught = {}, {}
     for r in records:
         p = {k: v for k, v in r['protocol'].items() if k not in FREE}
@@ -154,22 +164,25 @@ def _one_protocol(records):
             p['tests'] = [{k: v for k, v in t.items() if k != 'shot'} for t in p['tests']]
         made.setdefault(r['row'], {}).setdefault(digest(p), []).append(r['seed'])
         if r.get('teacher_weights'):
-            taught.setdefault((str(r['variant']), r['protocol'].get('stream')), set()).add(r['teacher_weights'])
+            taught.setdefault((str(r['variant']), r['protocol'].get('stream')),
+                              set()).add(r['teacher_weights'])
     for row, of in made.items():
         if len(of) > 1:
             seeds = ' / '.join(map(str, of.values()))
-            raise ValueError(f"records of row {row!r} come from different protocols (seeds {seeds}): run the recipe to its end, "
-                             "or remove the old ones")
+            raise ValueError(f"records of row {row!r} come from different protocols (seeds {seeds}): run the "
+                             "recipe to its end, or remove the old ones")
     for place, teachers in taught.items():
         if len(teachers) > 1:
-            raise ValueError(f"records of {place[0]}, stream {place[1]}, were taught by {len(teachers)} teachers with other weights under "
-                             "one name: remove the records of one of them and run the recipe again")
+            raise ValueError(f"records of {place[0]}, stream {place[1]}, were taught by {len(teachers)} "
+                             "teachers with other weights under one name: remove the records of one of them "
+                             "and run the recipe again")
 
 def summary(
     recipe:Recipe,
     out='figures', # where its records are
 ): # the pandas table, and a matplotlib figure
-    "A recipe's table and figure from its records alone. Raises ValueError if there are none, or if they do not belong together."
+    """A recipe's table and figure from its records alone.
+    Raises ValueError if there are none, or if they do not belong together."""
     from relkd.plots import table_figure
     records = load_records(out, recipe.name)
     _one_protocol(records)
@@ -199,7 +212,8 @@ def agreement(
     found = []
     for test in dict.fromkeys(t for r in theirs for t in r['tests']):
         for row in recipe.row_names:
-            a, b = (np.array([r['tests'][test]['accuracy'] for r in _cells(rs, row, test).values()]) for rs in (mine, theirs))
+            a, b = (np.array([r['tests'][test]['accuracy'] for r in _cells(rs, row, test).values()])
+                    for rs in (mine, theirs))
             if min(len(a), len(b)) < 2:
                 continue
             if np.ptp(a) == np.ptp(b) == 0:
@@ -207,5 +221,6 @@ def agreement(
             else:
                 ci = ttest_ind(a, b, equal_var=False).confidence_interval()
                 half = float(ci.high - ci.low) / 2
-            found.append((row, test, float(a.mean()), float(b.mean()), half, bool(abs(a.mean() - b.mean()) <= half)))
+            found.append((row, test, float(a.mean()), float(b.mean()), half,
+                          bool(abs(a.mean() - b.mean()) <= half)))
     return found

@@ -21,18 +21,22 @@ from ..train.session import Session
 
 # %% ../../nbs/lab/34_publish.ipynb #b8cf6cb7
 def _finished(experiment):
-    "Pairs (protocol, record) of the first teacher and of the distilled cells. Raises ValueError if one is missing."
+    """Pairs (protocol, record) of the first teacher and of the distilled cells.
+    Raises ValueError if one is missing."""
     e, r = experiment, experiment.recipe
     distilled = {row.name for row in r.rows if row.all_terms}
     wanted = [p for p in e.cells() if p['row']['name'] in distilled]
     wanted.insert(0, next(p for p in e.cells() if p['row']['name'] == 'Teacher'))
     folder = record_path(e.session.out, {'recipe': r.name, 'row': '', 'variant': {}, 'seed': 0}).parent
-    records = {f['run']: f for f in load_records(e.session.out, r.name)} if list(folder.glob('*.json')) else {}
+    records = ({f['run']: f for f in load_records(e.session.out, r.name)}
+               if list(folder.glob('*.json')) else {})
     lacking = [p for p in wanted if digest(p) not in records]
     if lacking:
-        cells = ', '.join(f"{p['row']['name']} seed {p['seed']}" for p in lacking[:3]) + ', ...' * (len(lacking) > 3)
-        raise ValueError(f"publishing {r.name} needs the records of its teacher and of all distilled runs; {len(lacking)} of "
-                         f"{len(wanted)} are not in {e.session.out} or of another protocol ({cells}): run the recipe to its end first")
+        cells = ', '.join(f"{p['row']['name']} seed {p['seed']}"
+                          for p in lacking[:3]) + ', ...' * (len(lacking) > 3)
+        raise ValueError(f"publishing {r.name} needs the records of its teacher and of all distilled runs; "
+                         f"{len(lacking)} of {len(wanted)} are not in {e.session.out} or of another protocol "
+                         f"({cells}): run the recipe to its end first")
     return [(p, records[digest(p)]) for p in wanted]
 
 def _given(experiment, record):
@@ -40,15 +44,16 @@ def _given(experiment, record):
     return given_to(experiment.recipe, record['row'] == 'Teacher')
 
 def _weights_of(experiment, of, task, protocol, record):
-    "The network of a finished cell. Raises ValueError if its weights are missing, or belong to another record."
+    """The network of a finished cell. Raises ValueError if its weights are missing,
+    or belong to another record."""
     e, what = experiment, f"{record['row']} seed {record['seed']} of {experiment.recipe.name}"
     saved = load_checkpoint(e.path(protocol), digest(protocol))
     if saved is None:
-        raise ValueError(f"the weights of {what} are not in {e.session.out}/.runs, only its record is there: run "
-                         "the recipe again, which trains what has no checkpoint")
+        raise ValueError(f"the weights of {what} are not in {e.session.out}/.runs, only its record is "
+                         "there: run the recipe again, which trains what has no checkpoint")
     if saved['record'] != record:
-        raise ValueError(f"the record of {what} in {e.session.out}/records is not that of its checkpoint: run "
-                         "the recipe again, which writes the records of its checkpoints")
+        raise ValueError(f"the record of {what} in {e.session.out}/records is not that of its "
+                         "checkpoint: run the recipe again, which writes the records of its checkpoints")
     net = fed(e.network(of, task, 0), _given(e, record), e.data)
     net.load_state_dict(saved['model'])
     return net
@@ -63,13 +68,19 @@ def _about(experiment, task, net, record, chosen):
     "What a manifest says of weights: how they were made, how good they are, what to feed them."
     e, path = experiment, record_path(experiment.session.out, record)
     mean, std = (m.flatten().tolist() for m in inputs_of(_given(e, record), e.data))
-    source = {'path': path.relative_to(e.session.out).as_posix(), 'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
+    source = {'path': path.relative_to(e.session.out).as_posix(),
+              'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
               'run': record['run'], 'accuracy': record['last']}
-    return {'data': e.data.name, 'fingerprint': e.data.fingerprint, 'test': task.headline, 'accuracy': _tested(net, task, e.data),
-            'accuracy_float16': _tested(rounded(net), task, e.data), 'tested_on': environment(e.fabric.device)['device'],
-            'recipe': e.recipe.name, 'row': record['row'], 'variant': record['variant'], 'seed': record['seed'],
-            'epochs': len(record['epochs']), 'precision': e.precision, 'cut': e.recipe.cut, **chosen, 'record': source,
-            'input': {'shape': list(e.data.images.shape[1:]), 'scale': '(bytes / 255 - mean) / std', 'mean': mean, 'std': std},
+    return {'data': e.data.name, 'fingerprint': e.data.fingerprint, 'test': task.headline,
+            'accuracy': _tested(net, task, e.data),
+            'accuracy_float16': _tested(rounded(net), task, e.data),
+            'tested_on': environment(e.fabric.device)['device'],
+            'recipe': e.recipe.name, 'row': record['row'], 'variant': record['variant'],
+            'seed': record['seed'],
+            'epochs': len(record['epochs']), 'precision': e.precision, 'cut': e.recipe.cut, **chosen,
+            'record': source,
+            'input': {'shape': list(e.data.images.shape[1:]), 'scale': '(bytes / 255 - mean) / std',
+                      'mean': mean, 'std': std},
             'class_names': list(e.data.classes)}
 
 # %% ../../nbs/lab/34_publish.ipynb #9a03727e
@@ -81,7 +92,8 @@ def _best(students):
     means = {k: sum(v) / len(v) for k, v in means.items()}
     best = max(means, key=means.get)
     student = next(c for c in students if (c[1]['row'], str(c[1]['variant'])) == best)
-    return student, f"largest mean accuracy ({means[best]:.2f} %) of {', '.join(dict.fromkeys(k[0] for k in means))}"
+    return (student,
+            f"largest mean accuracy ({means[best]:.2f} %) of {', '.join(dict.fromkeys(k[0] for k in means))}")
 
 # %% ../../nbs/lab/34_publish.ipynb #efb02062
 def publish(
@@ -89,12 +101,14 @@ def publish(
     folder='weights',     # DATA/NETWORK.json and its parts are written into it
     session:Session=None, # where its records and checkpoints are, and on what it is tested
 ) -> list: # the manifests, the teacher's first
-    "Publish the teacher and the best student in float16, tested after the rounding. Raises ValueError if a run is missing."
+    """Publish the teacher and the best student in float16, tested after the rounding.
+    Raises ValueError if a run is missing."""
     if not any(r.all_terms for r in recipe.rows):
-        raise ValueError(f"{recipe.name} has no distilled row to publish: keep one of its rows beside the plain student")
+        raise ValueError(f"{recipe.name} has no distilled row to publish: keep one of its rows beside the "
+                         "plain student")
     if callable(recipe.teacher) or callable(recipe.student):
-        raise ValueError(f"{recipe.name} has a network of your own, and a manifest names one of relkd.models: save its weights yourself, "
-                         "from relkd.tables.run.trained")
+        raise ValueError(f"{recipe.name} has a network of your own, and a manifest names one of "
+                         "relkd.models: save its weights yourself, from relkd.tables.run.trained")
     e = Experiment(recipe, session or Session())
     names = called(recipe.teacher), called(recipe.student)
     if names[0] == names[1]:
@@ -103,16 +117,19 @@ def publish(
     student, why = _best(students)
     chosen = {'chosen': f"{why} over seeds {', '.join(map(str, recipe.seeds))}"}
     made = []
-    for (protocol, record), name, of, more in (of_teacher, names[0], recipe.teacher, {}), (student, names[1], recipe.student, chosen):
+    for (protocol, record), name, of, more in (of_teacher, names[0], recipe.teacher,
+                                               {}), (student, names[1], recipe.student, chosen):
         task = next((t for t in recipe.tasks if recipe.variant(t) == record['variant']), recipe.task)
         task = task.for_teacher() if record['row'] == 'Teacher' else task
         net = _weights_of(e, of, task, protocol, record)
         made.append((net, f'{e.data.name}/{name}', of, task, _about(e, task, net, record, more)))
-    for _, name, *_ in made:                                   # weights of another recipe are not replaced without a word
+    for _, name, *_ in made:  # weights of another recipe are not replaced without a word
         try:
             old = manifest(name, folder)['about'].get('recipe')
         except ValueError:
             continue
         if old not in (None, recipe.name):
-            raise ValueError(f"{name} in {folder} is of recipe {old}: name another folder with --weights, or remove it")
-    return [save(net, name, of, task.outputs(e.data), e.data.channels, folder, about=about) for net, name, of, task, about in made]
+            raise ValueError(f"{name} in {folder} is of recipe {old}: name another folder with --weights, or "
+                             "remove it")
+    return [save(net, name, of, task.outputs(e.data), e.data.channels, folder, about=about)
+            for net, name, of, task, about in made]

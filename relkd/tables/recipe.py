@@ -34,8 +34,10 @@ class _Fields:
     vary:dict=field(default_factory=dict)         # field of the task -> its values: {'shot': (1, 5)}
     teacher:object              # name of a network, or a function (outputs, channels) -> nn.Module
     student:object              # likewise
-    teacher_weights:object=None # file of a trained teacher or a TeacherFile, or (recipe, row) whose network it is: tested, not trained
-    starts:dict=field(default_factory=dict)       # 'teacher', 'student' -> file, or (recipe, row), whose weights it begins with
+    # file of a trained teacher or a TeacherFile, or (recipe, row) whose network it is: tested, not trained
+    teacher_weights:object=None
+    # 'teacher', 'student' -> file, or (recipe, row), whose weights it begins with
+    starts:dict=field(default_factory=dict)
     rows:tuple                  # of Row
     schedule:Schedule           # of the students
     teacher_schedule:Schedule=None # of the teacher; by default the students'
@@ -44,21 +46,24 @@ class _Fields:
     eval_every:int=1            # epochs between looks
     precision:str=None          # of training: '32' or 'bf16'; by default bf16 on a GPU and 32 on a CPU
     baseline:str=None           # row that differences are taken to; by default the first
-    quoted:dict=field(default_factory=dict)       # row, or (row, test) -> number, or (number, half interval) of a paper
+    # row, or (row, test) -> number, or (number, half interval) of a paper
+    quoted:dict=field(default_factory=dict)
     source:str=''               # where the quoted numbers are from
     cut:str=''                  # in words, what was cut down or changed
 
     def __post_init__(self):
         names = [r.name for r in self.rows]
         if wrong := next((n for n in names if names.count(n) > 1 or n == 'Teacher'), None):
-            raise ValueError(f"row names of {self.name} differ from each other and from 'Teacher'; got {wrong!r}")
+            raise ValueError(f"row names of {self.name} differ from each other and from 'Teacher'; got "
+                             f"{wrong!r}")
         if not len(self.seeds) or any(type(s) is not int or s < 0 for s in self.seeds):
             raise ValueError(f"seeds are whole numbers from 0; got {list(self.seeds)}")
         known = {f.name for f in fields(self.task)}
         if unknown := [k for k in self.vary if k not in known]:
             raise ValueError(nearest(f'field of {type(self.task).__name__} to vary', unknown[0], known))
         if unknown := [k for k in self.starts if k not in ('teacher', 'student')]:
-            raise ValueError(nearest(f'network of {self.name} that starts', str(unknown[0]), ('teacher', 'student')))
+            raise ValueError(nearest(f'network of {self.name} that starts', str(unknown[0]),
+                                     ('teacher', 'student')))
 
 # %% ../../nbs/lab/30_recipe.ipynb #211e7dbf
 class _Places(_Fields):
@@ -104,7 +109,8 @@ def _of_rows(recipe, rows):
         if plain(name) not in map(plain, recipe.row_names):
             raise ValueError(nearest(f'row of {recipe.name}', name, recipe.row_names))
     wanted = set(map(plain, rows))
-    return replace(recipe, rows=tuple(r for r in recipe.rows if plain(r.name) in wanted or r.name == recipe.base))
+    return replace(recipe,
+                   rows=tuple(r for r in recipe.rows if plain(r.name) in wanted or r.name == recipe.base))
 
 def _only(recipe, axis, values):
     there = recipe.vary.get(axis)
@@ -112,7 +118,8 @@ def _only(recipe, axis, values):
         has = f"its axes are {', '.join(recipe.vary)}" if recipe.vary else 'it has none beside the seeds'
         raise ValueError(f"{recipe.name} has no axis {axis!r}: {has}")
     if not len(values) or not set(values) <= set(there):
-        raise ValueError(f"{recipe.name} has {axis} {', '.join(map(str, there))}; got {', '.join(map(str, values)) or 'none'}")
+        raise ValueError(f"{recipe.name} has {axis} {', '.join(map(str, there))}; got "
+                         f"{', '.join(map(str, values)) or 'none'}")
     return replace(recipe, vary={**recipe.vary, axis: tuple(v for v in there if v in values)})
 
 def _shorter(recipe, epochs):
@@ -121,7 +128,8 @@ def _shorter(recipe, epochs):
     said = f'{epochs} of {recipe.schedule.epochs} epochs'
     if recipe.teacher_schedule:
         said += f' (teacher {theirs} of {of_teacher.epochs})'
-    return replace(recipe, name=f'{recipe.name}-{epochs}epochs', schedule=mine, cut='; '.join(filter(None, (said, recipe.cut))),
+    return replace(recipe, name=f'{recipe.name}-{epochs}epochs', schedule=mine,
+                   cut='; '.join(filter(None, (said, recipe.cut))),
                    teacher_schedule=of_teacher.cut_to(theirs) if recipe.teacher_schedule else None)
 
 # %% ../../nbs/lab/30_recipe.ipynb #a22d4328
@@ -130,7 +138,8 @@ def _named(weights): return ' of '.join(weights[::-1]) if isinstance(weights, tu
 def _lines(recipe):
     r = recipe
     options = ''.join(f', {k} {v}' for k, v in r.data_options.items())
-    repeat = 'one teacher and one stream of batches for all' if r.together else 'each with its own teacher and batches'
+    repeat = ('one teacher and one stream of batches for all'
+              if r.together else 'each with its own teacher and batches')
     given = f'weights from {_named(r.teacher_weights)}' if r.teacher_weights else str(r.of_teacher)
     yield 'recipe', f'{r.name}: {r.title}'
     yield 'data', called(r.data) + options
@@ -174,7 +183,8 @@ class Recipe(_Places):
         epochs=None, # of the students; the teachers' are cut in proportion
         **vary,      # values of the further axes: shot=(1,)
     ) -> 'Recipe':
-        "The recipe with less of it. Other epochs are another experiment, and get another name. Raises ValueError for what it has not."
+        """The recipe with less of it. Other epochs are another experiment, and get another name.
+        Raises ValueError for what it has not."""
         new = self if rows is None else _of_rows(self, rows)
         if seeds is not None:
             new = replace(new, seeds=tuple(dict.fromkeys(seeds)))
@@ -187,16 +197,19 @@ class Recipe(_Places):
         path:str, # 'schedule.lr', 'task.labelled', 'rows.RKD-D.terms.0.weight'
         value,    # what it shall be
     ) -> 'Recipe':
-        "The recipe with one value changed: another experiment, with another name. Raises ValueError for a value that it has not."
+        """The recipe with one value changed: another experiment, with another name.
+        Raises ValueError for a value that it has not."""
         new, old = changed(self, path.split('.'), value, path)
         name = f'{self.name}-{slug(path)}={slug(str(value))}'
         said = f'{path} = {value!r} instead of {old!r}'
-        return replace(new, name=re.sub(r'[^\w./=+-]', '_', name), cut='; '.join(filter(None, (self.cut, said))))
+        return replace(new, name=re.sub(r'[^\w./=+-]', '_', name),
+                       cut='; '.join(filter(None, (self.cut, said))))
 
     def check(self,
         root=None, # where the data are looked for
     ):
-        "Raise ValueError now, before anything is read or trained, for a network, data or weights that are not there."
+        """Raise ValueError now, before anything is read or trained, for a network,
+        data or weights that are not there."""
         _check_names(self, root)
 
     def __str__(self): return '\n'.join(f'{k:22} {v}' for k, v in _lines(self))
@@ -231,7 +244,7 @@ def from_file(
     if not path.is_file():
         raise ValueError(f"no file {path}: name a recipe, or a Python file that defines one")
     if str(path.resolve().parent) not in sys.path:
-        sys.path.append(str(path.resolve().parent))            # what lies beside the file can be imported by it
+        sys.path.append(str(path.resolve().parent))  # what lies beside the file can be imported by it
     spec = importlib.util.spec_from_file_location(f'{path.stem}_{digest(str(path.resolve()))}', path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -239,7 +252,8 @@ def from_file(
     if name is None and any(n not in ours for n in found):
         found = {n: r for n, r in found.items() if n not in ours}   # imported from the package, to be changed
     if not found:
-        raise ValueError(f"{path} defines no recipe: it needs a line such as recipe = Recipe(name='mine', ...)")
+        raise ValueError(f"{path} defines no recipe: it needs a line such as recipe = "
+                         "Recipe(name='mine', ...)")
     if name is None and len(found) > 1:
         raise ValueError(f"{path} defines {len(found)} recipes: name one of them, {path}:{next(iter(found))}")
     if name is not None and name not in found:

@@ -31,7 +31,8 @@ def _finished(experiment, protocol):
     saved = load_checkpoint(experiment.path(protocol), digest(protocol))
     if saved is None:
         return None
-    record = saved['record'] | cell(experiment, protocol)     # a checkpoint does not say where records are written
+    # a checkpoint does not say where records are written
+    record = saved['record'] | cell(experiment, protocol)
     if experiment.fabric.is_global_zero:
         write_record(experiment.session.out, record)
     experiment.session.records.append(record)
@@ -41,10 +42,13 @@ def _finish(experiment, task, protocol, model, epochs, teacher, tests=None, **co
     "Test a trained network, and write its record and its checkpoint."
     e = experiment
     tests = tests or task.test(model, e.data)
-    cost |= {'processes': e.fabric.world_size, 'weights': weights_hash(model.state_dict()), 'teacher_weights': teacher}
-    record = make_record(cell(e, protocol), digest(protocol), protocol, task.headline, tests, epochs, e.fabric.device, **cost)
+    cost |= {'processes': e.fabric.world_size, 'weights': weights_hash(model.state_dict()),
+             'teacher_weights': teacher}
+    record = make_record(cell(e, protocol), digest(protocol), protocol, task.headline, tests, epochs,
+                         e.fabric.device, **cost)
     if e.fabric.is_global_zero:
-        save_checkpoint(e.path(protocol), {'record': record, 'model': model.state_dict()}, digest(protocol), e.session.part_size)
+        save_checkpoint(e.path(protocol), {'record': record, 'model': model.state_dict()}, digest(protocol),
+                        e.session.part_size)
         write_record(e.session.out, record)
     e.session.records.append(record)
 
@@ -55,13 +59,16 @@ def _train(experiment, learners, protocols, asked, schedule, stream, label, teac
     group = digest({'group': members})
     saver = Saver(e.folder / f'group-{group}.ckpt', group, s.every, s.part_size, {'members': members})
     names = [digest(p) for p in protocols]
-    seconds = fit(learners, stream, schedule.epochs, teacher, s, e.data, e.recipe.eval_every, f'{e.recipe.name} {label}', saver, names)
+    seconds = fit(learners, stream, schedule.epochs, teacher, s, e.data, e.recipe.eval_every,
+                  f'{e.recipe.name} {label}', saver, names)
     of_teacher = weights_hash(teacher.state_dict()) if teacher is not None else None
     images = schedule.epochs * len(stream) * stream.batch_size * len(learners)
     for k, (l, p) in enumerate(zip(learners, protocols)):
-        if k and any(asked_by_any(e.fabric, s.stopping())):       # tests may take long, too; what is tested is kept
+        # tests may take long, too; what is tested is kept
+        if k and any(asked_by_any(e.fabric, s.stopping())):
             raise Stopped((s.stop and s.stop.why) or 'another process')
-        _finish(e, l.task, p, l.model, l.epochs, of_teacher, seconds=round(seconds, 1), trained_beside=len(learners),
+        _finish(e, l.task, p, l.model, l.epochs, of_teacher, seconds=round(seconds, 1),
+                trained_beside=len(learners),
                 images_per_second=round(images / max(seconds, 1e-9), 1))
     if e.fabric.is_global_zero:
         drop_checkpoint(saver.path)
@@ -73,7 +80,8 @@ def _begin(experiment, which, nets):
     given = r.starts.get(which)
     if isinstance(given, tuple) and nets:
         other = recipes.recipe(given[0])
-        tensors = trained(other, given[1], other.seeds[0], Session(out=s.out, device=s.device, root=s.root)).state_dict()
+        tensors = trained(other, given[1], other.seeds[0],
+                          Session(out=s.out, device=s.device, root=s.root)).state_dict()
         for net in nets:
             start_from(net, tensors)
     elif given and not isinstance(given, tuple):
@@ -81,11 +89,13 @@ def _begin(experiment, which, nets):
 
 # %% ../../nbs/lab/32_run.ipynb #ec02821a
 def _given(experiment, group, task, net):
-    "A teacher that is not trained here: from a file, or the row of another recipe with the same seed. Gives its tests."
+    """A teacher that is not trained here: from a file, or the row of another recipe with the same seed.
+    Gives its tests."""
     e, s = experiment, experiment.session
     given = e.recipe.teacher_weights
     if isinstance(given, tuple):
-        of = trained(recipes.recipe(given[0]), given[1], group.stream, Session(out=s.out, device=s.device, root=s.root))
+        of = trained(recipes.recipe(given[0]), given[1], group.stream,
+                     Session(out=s.out, device=s.device, root=s.root))
         net.load_state_dict(of.state_dict())
         return task.test(net, e.data)
     given = as_teacher(given)
@@ -109,7 +119,8 @@ def _teacher(experiment, group):
     else:
         _begin(e, 'teacher', [net])
         learner = Learner(net, Row('Teacher'), r.of_teacher, group.stream, task)
-        stream = task.stream(e.data, r.of_teacher, teacher_seed(group.stream), teacher=True, draw=group.stream)
+        stream = task.stream(e.data, r.of_teacher, teacher_seed(group.stream), teacher=True,
+                             draw=group.stream)
         _train(e, [learner], [protocol], [protocol], r.of_teacher, stream, f'{group.label}teacher')
     return net
 
@@ -117,14 +128,17 @@ def _teacher(experiment, group):
 def _students(experiment, group, teacher):
     "Train what is missing of a group's students."
     e, r = experiment, experiment.recipe
-    cells = [(row, seed, e.protocol(row, group.task, seed, group.stream)) for seed in group.seeds for row in r.rows]
+    cells = [(row, seed, e.protocol(row, group.task, seed, group.stream)) for seed in group.seeds
+             for row in r.rows]
     missing = [c for c in cells if _finished(e, c[2]) is None]
     if not missing:
         return
     tasks = {row.name: row.learns(group.task) for row in r.rows}
-    nets = [fed(e.network(r.student, tasks[row.name], seed), given_to(r, False), e.data) for row, seed, _ in missing]
+    nets = [fed(e.network(r.student, tasks[row.name], seed), given_to(r, False), e.data)
+            for row, seed, _ in missing]
     _begin(e, 'student', nets)
-    learners = [Learner(net, row, r.schedule, seed, tasks[row.name]) for net, (row, seed, _) in zip(nets, missing)]
+    learners = [Learner(net, row, r.schedule, seed, tasks[row.name])
+                for net, (row, seed, _) in zip(nets, missing)]
     stream = group.task.stream(e.data, r.schedule, group.stream, teacher=False, draw=group.stream)
     label = f'{group.label}{len(learners)} student{"s" * (len(learners) > 1)}'
     _train(e, learners, [p for *_, p in missing], [p for *_, p in cells], r.schedule, stream, label, teacher)
@@ -134,7 +148,8 @@ def run(
     recipe:Recipe,
     session:Session=None, # by default records go to figures/, on a GPU if there is one
 ) -> list: # records of all its cells, those found finished included
-    "Run what is missing of a recipe. Raises ValueError before any training for what cannot be, and Stopped at a checkpoint."
+    """Run what is missing of a recipe. Raises ValueError before any training for what cannot be,
+    and Stopped at a checkpoint."""
     session = session or Session()
     check_writable(session.out, '--out')
     e = Experiment(recipe, session)
@@ -180,5 +195,6 @@ def trained(
             net = create(of, task.outputs(e.data), e.data.channels)
             net.load_state_dict(saved['model'])
             return fed(net, given_to(recipe, row == 'Teacher'), e.data).eval()
-    raise ValueError(f"no finished run of row {row!r}, seed {seed}{''.join(f', {k} {v}' for k, v in variant.items())} "
-                     f"in {e.folder}: run {recipe.name} first")
+    raise ValueError(f"no finished run of row {row!r}, seed "
+                     f"{seed}{''.join(f', {k} {v}' for k, v in variant.items())} in {e.folder}: run "
+                     f"{recipe.name} first")

@@ -29,15 +29,17 @@ INPUTS = { # whose -> means and deviations of the channels that its networks wer
     'chenyaofo cifar100': ((.5070, .4865, .4409), (.2673, .2564, .2761)),
     'weiaicunzai cifar100': ((.50708, .48655, .44092), (.26733, .25644, .27615)),
     'mdistiller tinyimagenet': ((.4802, .4481, .3975), (.2302, .2265, .2262)),
-    'imagenet': ((.485, .456, .406), (.229, .224, .225)),                              # torchvision's, and akamaster's on CIFAR-10
+    'imagenet': ((.485, .456, .406), (.229, .224, .225)),  # torchvision's, and akamaster's on CIFAR-10
 }
 
 @dataclass(frozen=True)
 class TeacherFile:
-    "A trained teacher in somebody's file, with what its owner says of it. Stands in a recipe as `teacher_weights`."
+    """A trained teacher in somebody's file, with what its owner says of it.
+    Stands in a recipe as `teacher_weights`."""
     path:str            # of torch.save or safetensors
     inputs:object=None  # what it was fed: a name in INPUTS, or (means, deviations); by default the data's own
-    accuracy:float=None # per cent on the test images, as its owner states it; by default as the file states it
+    # per cent on the test images, as its owner states it; by default as the file states it
+    accuracy:float=None
     prefix:str=''       # as `relkd.models.load_into` takes it
     renames:object=()   # likewise
 
@@ -46,7 +48,8 @@ class TeacherFile:
 
     @property
     def decides(self) -> dict: # what a result depends on, beside the file's bytes
-        return {k: v for k, v in (('inputs', self.inputs), ('prefix', self.prefix), ('renames', self.renames)) if v}
+        return {k: v for k,
+                v in (('inputs', self.inputs), ('prefix', self.prefix), ('renames', self.renames)) if v}
 
 def as_teacher(
     given, # a path, or a TeacherFile
@@ -67,7 +70,8 @@ def _numbers(inputs, channels):
         raise ValueError(f"inputs are a name ({', '.join(INPUTS)}) or (means, deviations) of the channels; "
                          f"got {inputs!r}") from None
     if not len(mean) == len(std) == channels or not (std > 0).all():
-        raise ValueError(f"inputs need {channels} means and {channels} deviations above 0, in units of 0..1; got {inputs!r}")
+        raise ValueError(f"inputs need {channels} means and {channels} deviations above 0, in units of 0..1; "
+                         f"got {inputs!r}")
     return mean, std
 
 def _converted(scale, shift, module, args):
@@ -80,14 +84,15 @@ def given_to(
     teacher:bool, # its teacher, or its students?
 ): # a path, a TeacherFile, or (recipe, row); None if they are made from nothing
     "Whose weights a recipe's networks are, or begin with."
-    return (recipe.teacher_weights if teacher else None) or recipe.starts.get('teacher' if teacher else 'student')
+    return (recipe.teacher_weights if teacher else None) or recipe.starts.get('teacher'
+                                                                              if teacher else 'student')
 
 def inputs_of(
     given, # as `given_to` gives it
     data,
-) -> tuple: # means and deviations, two tensors (C, 1, 1), in units of 0..1. Raises ValueError for other numbers of them
+) -> tuple: # means and deviations, two tensors (C, 1, 1), of 0..1. Raises ValueError for another count
     "What a network was fed: as stated, or the data's own normalisation."
-    while isinstance(given, tuple):               # the network of another recipe may be somebody's file in turn
+    while isinstance(given, tuple):  # the network of another recipe may be somebody's file in turn
         given = given_to(recipes.recipe(given[0]), given[1] == 'Teacher')
     stated = isinstance(given, TeacherFile) and given.inputs
     return _numbers(given.inputs, data.channels) if stated else tuple(m.cpu() for m in data.mean_std)
@@ -113,7 +118,8 @@ def taken(
     found = opened(given)
     fit = _fit(found, net, given, data)
     if fit.names.doubt and not given.renames and _stated(given, found) is None:
-        raise ValueError(f"{found.path} fits by its names, but {fit.names.doubt}: state its accuracy, which decides")
+        raise ValueError(f"{found.path} fits by its names, but {fit.names.doubt}: state its accuracy, "
+                         "which decides")
     fill(net, fit)
     return found
 
@@ -121,8 +127,8 @@ def _fit(found, net, given, data):
     "Tensors for a network that takes these images."
     fit, size = fitted(found, net, given.prefix, given.renames), max(data.images.shape[-2:])
     if fit.names.largest and size > fit.names.largest:
-        raise ValueError(f"{found.path}: {fit.whose} is the same function as ours up to {fit.names.largest} pixels, "
-                         f"and {data.name} has {size}: train this network here")
+        raise ValueError(f"{found.path}: {fit.whose} is the same function as ours up to "
+                         f"{fit.names.largest} pixels, and {data.name} has {size}: train this network here")
     return fit
 
 def _stated(given, found):
@@ -131,19 +137,21 @@ def _stated(given, found):
 
 # %% ../../nbs/lab/38_teacher.ipynb #4690deac
 def begun(
-    nets:list, # filled in place, all but their last layers; none, to hear what is wrong before anything is trained
+    nets:list, # filled in place, all but the last layers; none: only to hear what is wrong
     given,     # a path, or a TeacherFile
     of,        # what they are: a name, or a function, as `create` takes it
     data,      # that they will learn
 ):
-    "Networks that begin with the weights in somebody's file. Raises ValueError as `taken` does, having changed nothing."
+    """Networks that begin with the weights in somebody's file.
+    Raises ValueError as `taken` does, having changed nothing."""
     given = as_teacher(given)
     inputs_of(given, data)
     found = opened(given)
     like = create(of, *outside(found))
     fit = _fit(found, like, given, data)
     if fit.names.doubt and not given.renames:
-        raise ValueError(f"{found.path} fits by its names, but {fit.names.doubt}: name renames={fit.whose!r} if that is not so")
+        raise ValueError(f"{found.path} fits by its names, but {fit.names.doubt}: name renames={fit.whose!r} "
+                         "if that is not so")
     fill(like, fit)
     for net in nets:
         start_from(net, like.state_dict())
@@ -169,7 +177,8 @@ def compare(given:TeacherFile, found:Opened, accuracy:float, images:int):
     "Raise ValueError for another accuracy than the user stated, and warn of another than the file states."
     words, agrees = judged(given, found, accuracy, images)
     if agrees is False:
-        line = f"{found.path}: {words}: name inputs= as it was trained, or see whether network and test images are its owner's"
+        line = (f"{found.path}: {words}: name inputs= as it was trained, or see whether network and test "
+                "images are its owner's")
         if given.accuracy is not None:
             raise ValueError(line)
         warnings.warn(line, stacklevel=2)
@@ -201,7 +210,7 @@ def check(
     network:str=None, # its name for `create`; by default the one that names and shapes fit
     data:str=None,    # name of a data set, or a folder; by default the file is not tested
     root=None,        # where data are looked for
-): # yields lines. Raises ValueError as `taken` does, and in the end for an accuracy that is not the one stated
+): # yields lines. Raises ValueError as `taken` does, last for an accuracy that is not the stated
     "What a file holds, which network it is, and how good it is."
     found = opened(given)
     images = load(data, root) if data else None
@@ -209,11 +218,13 @@ def check(
     named = _which(found, network), outputs, channels
     net = create(*named)
     fit = fitted(found, net, given.prefix, given.renames)
-    places = [f"under {'/'.join(found.under)}"] * bool(found.under) + [f'behind {fit.prefix}'] * bool(fit.prefix)
+    places = ([f"under {'/'.join(found.under)}"] * bool(found.under)
+              + [f'behind {fit.prefix}'] * bool(fit.prefix))
     yield f"{found.path}: {', '.join((*places, 'names of ' + (fit.whose or 'relkd')))}"
     fill(net, fit)
     count = sum(p.numel() for p in net.parameters())
-    yield f"{named[0]} with {outputs} classes: {count:,} parameters, fingerprint {weights_hash(net.state_dict())}"
+    (yield f"{named[0]} with {outputs} classes: {count:,} parameters, fingerprint "
+           f"{weights_hash(net.state_dict())}")
     if images is None:
         return
     taken(fed(net, given, images), given, images)

@@ -36,7 +36,8 @@ COLUMNS = {   # heading -> (width, what stands there)
 def as_text(
     frame, # what table() returns
 ) -> str: # lines of plain text
-    "The table for a terminal, in per cent and points; ± over episodes, sd over seeds, [ ] the 95 % interval over seeds."
+    """The table for a terminal, in per cent and points;
+    ± over episodes, sd over seeds, [ ] the 95 % interval over seeds."""
     shown = {h: (w, f) for h, (w, f) in COLUMNS.items() if any(f(v) for _, v in frame.iterrows())}
     lines = []
     for test in dict.fromkeys(frame.index.get_level_values(0)):
@@ -54,11 +55,14 @@ def csv_of(
     "The table as CSV, the columns of its kind of test."
     if frame['over_episodes'].notna().any():
         half = (frame['high'] - frame['low']) / 2
-        new = frame.assign(difference_over_seeds=half).rename(columns={'last': 'accuracy', 'sd': 'over_seeds', 'needed': 'episodes_needed'})
-        columns = ['seeds', 'accuracy', 'over_episodes', 'over_seeds', 'validation', 'difference', 'difference_over_episodes',
+        new = frame.assign(difference_over_seeds=half).rename(
+            columns={'last': 'accuracy', 'sd': 'over_seeds', 'needed': 'episodes_needed'})
+        columns = ['seeds', 'accuracy', 'over_episodes', 'over_seeds', 'validation', 'difference',
+                   'difference_over_episodes',
                    'difference_over_seeds', 'episodes_needed', 'paper', 'paper_over_episodes']
     else:
-        columns = ['seeds', 'last', 'sd', 'difference', 'low', 'high', 'best'] + (['paper'] if recipe.quoted else [])
+        columns = ['seeds', 'last', 'sd', 'difference', 'low', 'high', 'best'] + (['paper']
+                                                                                  if recipe.quoted else [])
         new = frame.droplevel(0) if frame.index.get_level_values(0).nunique() == 1 else frame
     new = new[columns].round(3)
     if recipe.cut:

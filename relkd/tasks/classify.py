@@ -28,7 +28,8 @@ def accuracy(
     if not 1 <= min(topk) <= max(topk) <= logits.shape[1]:
         raise ValueError(f"accuracy needs k from 1 to the {logits.shape[1]} classes; got topk = {topk}")
     hit = logits.topk(max(topk), dim=1).indices == targets[:, None]
-    return [100 * (int(hit[:, :k].any(1).sum()) / len(hit)) for k in topk]    # counts: not every device has float64
+    # counts: not every device has float64
+    return [100 * (int(hit[:, :k].any(1).sum()) / len(hit)) for k in topk]
 
 # %% ../../nbs/tasks/01_classify.ipynb #b8c798e4
 @torch.no_grad()
@@ -53,8 +54,8 @@ class Classify(Task):
     def check(self, data):
         "Raise ValueError if the data are split by classes, or a class has too few images."
         if data.by_class:
-            raise ValueError(f"data set {data.name!r} is split by classes, for few-shot learning or retrieval; "
-                             "classification needs train and test images of the same classes")
+            raise ValueError(f"data set {data.name!r} is split by classes, for few-shot learning or "
+                             "retrieval; classification needs train and test images of the same classes")
         if self.labelled:
             few_per_class(data.train_labels, self.labelled, 0)
 

@@ -24,7 +24,8 @@ def episode_logits(
     z:torch.Tensor, # (..., way, shot + query, D) embeddings of an episode, or of many; the support first
     shot:int,       # how many of each class are the support
 ) -> torch.Tensor: # (..., way * query, way), minus squared distances to the prototypes; float32 at least
-    "Logits of the queries of prototypical networks, class by class (Snell et al. 2017, Eq. 2). Raises ValueError on bad shapes."
+    """Logits of the queries of prototypical networks, class by class (Snell et al. 2017, Eq. 2).
+    Raises ValueError on bad shapes."""
     if z.dim() < 3 or not 1 <= shot < z.shape[-2]:
         raise ValueError("an episode is (..., way, shot + query, D) with at least 1 shot and 1 query; "
                          f"got {tuple(z.shape)} and shot = {shot}")
@@ -114,9 +115,11 @@ def interval(
 def _check_classes(task, data):
     "Raise ValueError if an episode of training, validation or test cannot be drawn from the data."
     if not data.by_class:
-        raise ValueError(f"data set {data.name!r} has train and test images of the same classes; few-shot learning "
-                         "needs classes split into train, val and test: Dataset.with_splits makes such a set")
-    kinds = ('train', (task.way,), task.query), ('val', task.ways[:1], task.test_query), ('test', task.ways, task.test_query)
+        raise ValueError(f"data set {data.name!r} has train and test images of the same classes; few-shot "
+                         "learning needs classes split into train, val and test: Dataset.with_splits makes "
+                         "such a set")
+    kinds = ('train', (task.way,), task.query), ('val', task.ways[:1], task.test_query), ('test', task.ways,
+                                                                                          task.test_query)
     for split, ways, query in kinds:
         table = by_class(data.split(split)[1])
         for way in ways:
@@ -154,7 +157,8 @@ class _Protocol(Task):
 
 # %% ../../nbs/tasks/02_fewshot.ipynb #f90732a5
 class FewShot(_Protocol):
-    "Prototypical networks: episodes of the training classes, tested on episodes of unknown ones (Snell et al. 2017)."
+    """Prototypical networks: episodes of the training classes, tested on episodes of unknown ones
+    (Snell et al. 2017)."""
     def outputs(self, data) -> int:
         "An embedding as wide as the network gives it."
         return None

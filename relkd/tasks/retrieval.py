@@ -26,25 +26,30 @@ def ranks(
     groups:torch.Tensor=None, # (N,) a query's gallery is its own group alone: the alphabet of a character
     at_once:int=2**21,        # distances held at a time: memory and speed only
 ) -> torch.Tensor: # (N,) int64, on the CPU; -1 for a query whose class has no other image
-    "How many images of other classes are at most as far as the nearest of the query's own class; the query itself is left out."
+    """How many images of other classes are at most as far as the nearest of the query's own class;
+    the query itself is left out."""
     if z.dim() != 2 or labels.shape != z.shape[:1] or not len(z):
-        raise ValueError(f"retrieval needs embeddings (N, D) and labels (N,), N at least 1; got {tuple(z.shape)} and {tuple(labels.shape)}")
+        raise ValueError("retrieval needs embeddings (N, D) and labels (N,), N at least 1; got "
+                         f"{tuple(z.shape)} and {tuple(labels.shape)}")
     z, whole = z.float(), z.isfinite().all(1)
     z = torch.where(whole[:, None], z, 0.)
-    z = z - z.sum(0) / whole.sum().clamp(min=1)                       # the differences are what counts: keep their digits
+    z = z - z.sum(0) / whole.sum().clamp(min=1)  # the differences are what counts: keep their digits
     squares, table = z.square().sum(1), by_class(labels)
     place = torch.searchsorted(table.classes, labels)                 # of each image's class in the table
     def of(rows):
-        own = table.index[place[rows]]                                # (b, M): the images of one's own class, filled up
-        real = (torch.arange(own.shape[1], device=z.device) < table.counts[place[rows]][:, None]) & (own != rows[:, None])
+        own = table.index[place[rows]]  # (b, M): the images of one's own class, filled up
+        real = (torch.arange(own.shape[1], device=z.device) < table.counts[place[rows]][:, None]) & (
+            own != rows[:, None])
         return _ranks_of(rows, own, real, z, squares, whole, groups)
-    return torch.cat([of(rows) for rows in torch.arange(len(z), device=z.device).split(max(1, at_once // len(z)))]).cpu()
+    return torch.cat(
+        [of(rows) for rows in torch.arange(len(z), device=z.device).split(max(1, at_once // len(z)))]).cpu()
 
 
 # %% ../../nbs/tasks/04_retrieval.ipynb #085dcc75
 def _ranks_of(rows, own, real, z, squares, whole, groups):
     "Ranks of some queries. An embedding that is not finite is far from everything, and never right."
-    d = torch.addmm(squares[None], z[rows], z.t(), alpha=-2)          # squared distances but for the query's own length
+    # squared distances but for the query's own length
+    d = torch.addmm(squares[None], z[rows], z.t(), alpha=-2)
     d.scatter_(1, rows[:, None], torch.inf)                           # not itself
     if not whole.all():
         d = d.masked_fill(~whole, torch.inf)
@@ -65,7 +70,8 @@ def recall(
     "Recall@K for each K."
     asked = ranks[ranks >= 0]
     if not len(asked):
-        raise ValueError(f"none of the {len(ranks)} images has another of its class: there is nothing to retrieve")
+        raise ValueError(f"none of the {len(ranks)} images has another of its class: there is nothing "
+                         "to retrieve")
     return {k: 100 * (asked < k).double().mean().item() for k in ks}
 
 # %% ../../nbs/tasks/04_retrieval.ipynb #596af4ce
@@ -82,12 +88,14 @@ def map_at_r(
     z:torch.Tensor,      # (N, D) embeddings
     labels:torch.Tensor, # (N,) class numbers
 ) -> float: # per cent, by Euclidean distance, the query left out
-    "Mean average precision at R, by pytorch-metric-learning's AccuracyCalculator. Raises ValueError if that is not installed."
+    """Mean average precision at R, by pytorch-metric-learning's AccuracyCalculator.
+    Raises ValueError if that is not installed."""
     tools, distances = _library('utils'), _library('distances')
     _library('utils.accuracy_calculator'), _library('utils.inference')
     knn = tools.inference.CustomKNN(distances.LpDistance(normalize_embeddings=False), batch_size=256)
     name = 'mean_average_precision_at_r'
-    calculator = tools.accuracy_calculator.AccuracyCalculator(include=(name,), k='max_bin_count', knn_func=knn, device=z.device)
+    calculator = tools.accuracy_calculator.AccuracyCalculator(include=(name,), k='max_bin_count',
+                                                              knn_func=knn, device=z.device)
     return 100 * calculator.get_accuracy(z, labels)[name]
 
 # %% ../../nbs/tasks/04_retrieval.ipynb #bc3debe7
@@ -99,7 +107,8 @@ def _made(part, name, options):
     try:
         return getattr(there, name)(**options)
     except TypeError as error:
-        raise ValueError(f"{name} of pytorch-metric-learning cannot be made from {options or 'no options'}: {error}") from None
+        raise ValueError(f"{name} of pytorch-metric-learning cannot be made from "
+                         f"{options or 'no options'}: {error}") from None
 
 def metric_loss(
     name:str,             # of pytorch_metric_learning.losses: 'ContrastiveLoss'
@@ -107,10 +116,12 @@ def metric_loss(
     miner:str='',         # of pytorch_metric_learning.miners: 'DistanceWeightedMiner'; none by default
     miner_options:dict=None,
 ): # a function (embeddings, labels) -> 0-dim tensor
-    "A loss of pytorch-metric-learning. Raises ValueError for an unknown name, and for a loss with weights of its own."
+    """A loss of pytorch-metric-learning. Raises ValueError for an unknown name,
+    and for a loss with weights of its own."""
     loss = _made('losses', name, options or {})
     if any(True for _ in loss.parameters()):
-        raise ValueError(f"{name} has weights of its own, which a task's loss cannot train: make it a term of a row")
+        raise ValueError(f"{name} has weights of its own, which a task's loss cannot train: make it a "
+                         "term of a row")
     pick = _made('miners', miner, miner_options or {}) if miner else None
     return lambda z, labels: loss(z, labels, pick(z, labels) if pick else None)
 
@@ -125,7 +136,8 @@ class _Protocol(Task):
     images:int=5             # K of each class in a batch; the schedule's batch size says how many classes
     length:int=100           # batches of an epoch
     teacher_length:int=field(default=0, metadata={'later': True}) # of the teacher's; 0 for the students'
-    metric:str='triplet'     # the task's own loss: 'triplet' as in the paper, or a name of pytorch-metric-learning
+    # the task's own loss: 'triplet' as in the paper, or a name of pytorch-metric-learning
+    metric:str='triplet'
     teacher_metric:str=field(default='', metadata={'later': True}) # of the teacher; '' for the students'
     margin:float=.2          # of 'triplet'
     metric_options:dict=field(default_factory=dict, hash=False)
@@ -150,7 +162,8 @@ class _Choices(_Protocol):
 
     def for_teacher(self) -> '_Choices':
         "Its own width, on the sphere or not as the teacher's fields say."
-        return replace(self, size=self.teacher_size, l2=self.teacher_l2, length=self.teacher_length or self.length,
+        return replace(self, size=self.teacher_size, l2=self.teacher_l2,
+                       length=self.teacher_length or self.length,
                        metric=self.teacher_metric or self.metric)
 
     def outputs(self, data) -> int:
@@ -170,8 +183,9 @@ class _Choices(_Protocol):
 # %% ../../nbs/tasks/04_retrieval.ipynb #7a467535
 def _check_numbers(task):
     if min(task.size, task.teacher_size) < 1 or task.images < 2 or task.length < 1:
-        raise ValueError("retrieval needs embeddings of at least 1 number, at least 2 images of a class in a batch and 1 batch an epoch; "
-                         f"got size = {task.size}, teacher_size = {task.teacher_size}, images = {task.images}, length = {task.length}")
+        raise ValueError("retrieval needs embeddings of at least 1 number, at least 2 images of a class in a "
+                         f"batch and 1 batch an epoch; got size = {task.size}, teacher_size = "
+                         f"{task.teacher_size}, images = {task.images}, length = {task.length}")
     if not task.ks or min(task.ks) < 1:
         raise ValueError(f"Recall@K needs K from 1; got ks = {task.ks}")
 
@@ -180,13 +194,14 @@ def _check_classes(task, data):
         raise ValueError(f"a centre of {task.crop} x {task.crop} was asked for; images of {data.name} are "
                          f"{' x '.join(map(str, data.images.shape[-2:]))}")
     if not data.by_class:
-        raise ValueError(f"data set {data.name!r} has train and test images of the same classes; retrieval needs classes split into "
-                         "train and test: Dataset.with_splits makes such a set")
+        raise ValueError(f"data set {data.name!r} has train and test images of the same classes; retrieval "
+                         "needs classes split into train and test: Dataset.with_splits makes such a set")
     table = by_class(data.train_labels)
     if int(table.counts.min()) < task.images:
         few = int(table.counts.argmin())
         raise ValueError(f"batches with {task.images} images a class need as many of every class; class "
-                         f"{data.classes[int(table.classes[few])]!r} of {data.name} has {int(table.counts[few])}")
+                         f"{data.classes[int(table.classes[few])]!r} of {data.name} has "
+                         f"{int(table.counts[few])}")
     if int(by_class(data.test_labels).counts.max()) < 2:
         raise ValueError(f"no test class of {data.name} has two images: there is nothing to retrieve")
 
@@ -200,12 +215,15 @@ class Retrieval(_Choices):
         if self.metric != 'triplet':
             self.own_loss()
 
-    def stream(self, data, schedule, seed:int, teacher:bool=False, draw:int=0): # of relkd.data.episodes.ClassBalanced
-        "P classes with K images each, P from the schedule's batch size. Raises ValueError if K does not divide it."
+    def stream(self, data, schedule, seed:int, teacher:bool=False,
+               draw:int=0): # of relkd.data.episodes.ClassBalanced
+        """P classes with K images each, P from the schedule's batch size.
+        Raises ValueError if K does not divide it."""
         if not schedule.batch_size or schedule.batch_size % self.images:
-            raise ValueError(f"a batch of {schedule.batch_size} cannot hold whole classes of {self.images} images: choose a multiple "
-                             f"of {self.images}")
-        return ClassBalanced(data, 'train', schedule.batch_size // self.images, self.images, seed, self.length, self.augment)
+            raise ValueError(f"a batch of {schedule.batch_size} cannot hold whole classes of {self.images} "
+                             f"images: choose a multiple of {self.images}")
+        return ClassBalanced(data, 'train', schedule.batch_size // self.images, self.images, seed,
+                             self.length, self.augment)
 
     def read(self, output:torch.Tensor) -> torch.Tensor:
         "The embedding, on the sphere if `l2`."
@@ -214,7 +232,8 @@ class Retrieval(_Choices):
     def embeddings(self, model:nn.Module, data) -> tuple: # (n, size) and labels (n,)
         "All test images, in evaluation mode, as they are compared."
         images, labels = data.split('test')
-        parts = [self.read(embed(model, data, centre_crop(part, self.crop) if self.crop else part)) for part in images.split(1024)]
+        parts = [self.read(embed(model, data, centre_crop(part, self.crop) if self.crop else part))
+                 for part in images.split(1024)]
         return torch.cat(parts), labels
 
     def watch(self, model:nn.Module, data) -> dict:
@@ -222,7 +241,8 @@ class Retrieval(_Choices):
         return {'accuracy': self.test(model, data)[self.headline]['accuracy']} if self.look else {}
 
     def test(self, model:nn.Module, data) -> dict:
-        "Recall@K over all test images, each a query once; `lone` counts those without another of their class."
+        """Recall@K over all test images, each a query once;
+        `lone` counts those without another of their class."""
         found = ranks(*self.embeddings(model, data))
         lone = int((found < 0).sum())
         counts = {'queries': len(found) - lone, 'lone': lone}

@@ -17,7 +17,8 @@ class _Asked:
     "What a task answers before anything is trained."
     @property
     def of_a_row(self) -> tuple: # of names
-        "The fields that a row may change for itself: those that decide its network and how it is read, not what is drawn."
+        """The fields that a row may change for itself:
+        those that decide its network and how it is read, not what is drawn."""
         return ()
 
     @property
@@ -29,14 +30,15 @@ class _Asked:
         return 'CE'
 
     @property
-    def watched(self) -> str: # what `watch` calls its figure: 'accuracy' is of the test set, 'validation' is not
+    def watched(self) -> str: # the name of watch's figure: 'accuracy' is of the test set, 'validation' not
         return 'accuracy'
 
     def for_teacher(self) -> 'Task':
         "The task as the teacher learns it."
         return self
 
-    def outputs(self, data) -> int: # of a network, by number; None for an embedding as wide as the network gives it
+    def outputs(self,
+                data) -> int: # of a network, by number; None for an embedding as wide as the network gives it
         "How many numbers a network puts out."
         return len(data.classes)
 
@@ -46,7 +48,8 @@ class _Asked:
 # %% ../../nbs/tasks/00_task.ipynb #faa95794
 @dataclass(frozen=True)
 class Task(_Asked):
-    "What is learned and how it is tested: the contract of all tasks. A task's fields are its protocol and stand in each record."
+    """What is learned and how it is tested: the contract of all tasks.
+    A task's fields are its protocol and stand in each record."""
     def stream(self,
         data,          # on the device that trains
         schedule,      # its batch_size

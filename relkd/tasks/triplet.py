@@ -17,8 +17,9 @@ NEAR, FAR = .5, 1.4     # distances below NEAR count as NEAR; negatives from FAR
 def distance_weights(
     z:torch.Tensor,      # (B, D) embeddings; their directions count
     labels:torch.Tensor, # (B,) class numbers
-) -> torch.Tensor: # (B, B) chances of each point as the negative of a row's anchor; a row without negatives is 0
-    "1 / q(d) of the negatives of each anchor, as the code of Park et al. 2019 has it (Wu et al. 2017, Sec. 4)."
+) -> torch.Tensor: # (B, B) chance of each point as a row's negative; 0 in a row without negatives
+    """1 / q(d) of the negatives of each anchor, as the code of Park et al. 2019 has it
+    (Wu et al. 2017, Sec. 4)."""
     D, other = z.shape[1], labels[:, None] != labels
     with torch.no_grad(), full_precision(z):
         u = on_sphere(z.float())
@@ -39,10 +40,12 @@ def on_sphere(
 
 # %% ../../nbs/tasks/03_triplet.ipynb #ca3d64dc
 def _pairs(labels, images):
-    "All ordered pairs of a class; where each class stands together with so many images, without asking the device."
+    """All ordered pairs of a class; where each class stands together with so many images,
+    without asking the device."""
     if images:
         k, place = torch.arange(images, device=labels.device), torch.arange(len(labels), device=labels.device)
-        others = k[None, :-1] + (k[None, :-1] >= k[:, None])               # (K, K - 1): all places of a class but one's own
+        # (K, K - 1): all places of a class but one's own
+        others = k[None, :-1] + (k[None, :-1] >= k[:, None])
         positive = (place - place % images)[:, None] + others[place % images]
         return place.repeat_interleave(images - 1, output_size=positive.numel()), positive.flatten()
     same = labels[:, None] == labels
@@ -56,7 +59,8 @@ def triplets(
     labels:torch.Tensor, # (B,) class numbers
     images:int=None,     # of each class, if the batch holds them class by class: then nothing waits for a GPU
 ) -> tuple: # three int64 vectors: anchors, positives, negatives; torch's global random numbers decide
-    "Every ordered pair of a class with one distance-weighted negative. Raises ValueError without a pair or a negative."
+    """Every ordered pair of a class with one distance-weighted negative.
+    Raises ValueError without a pair or a negative."""
     anchor, positive = _pairs(labels, images)
     return anchor, positive, torch.multinomial(distance_weights(z, labels)[anchor], 1)[:, 0]
 

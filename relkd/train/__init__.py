@@ -11,10 +11,13 @@ __all__ = ['accuracy', 'evaluate', 'Schedule', 'WholeBatchNorm2d', 'average_grad
 from ..tasks.classify import accuracy, evaluate
 from .schedule import Schedule
 from .processes import WholeBatchNorm2d, average_gradients, gathered, share, synchronised
-from .session import DEVICES, PRECISIONS, Saver, Session, Stop, Stopped, chosen_device, chosen_precision, make_fabric
+from .session import (DEVICES, PRECISIONS, Saver, Session, Stop, Stopped, chosen_device,
+                                 chosen_precision, make_fabric)
 from .learner import Learner
 from .loop import Moment, Together, fit, moments
 
-_all_ = ['accuracy', 'evaluate', 'Schedule', 'WholeBatchNorm2d', 'average_gradients', 'gathered', 'share', 'synchronised',
-         'DEVICES', 'PRECISIONS', 'Saver', 'Session', 'Stop', 'Stopped', 'chosen_device', 'chosen_precision', 'make_fabric',
+_all_ = ['accuracy', 'evaluate', 'Schedule', 'WholeBatchNorm2d', 'average_gradients', 'gathered', 'share',
+         'synchronised',
+         'DEVICES', 'PRECISIONS', 'Saver', 'Session', 'Stop', 'Stopped', 'chosen_device', 'chosen_precision',
+         'make_fabric',
          'Learner', 'Moment', 'Together', 'fit', 'moments']

@@ -54,8 +54,8 @@ class _Parts:
     def _new_optimiser(self):
         own = [p for p in self.model.parameters() if p.requires_grad]
         if not own:
-            raise ValueError(f"row {self.row.name!r} has nothing to train: every parameter of its student is frozen; "
-                             "give some of them requires_grad_(True)")
+            raise ValueError(f"row {self.row.name!r} has nothing to train: every parameter of its student "
+                             "is frozen; give some of them requires_grad_(True)")
         self.optimiser = self.schedule.make([*own, *self.objective.parameters()])
 
 # %% ../../nbs/lab/13_learner.ipynb #dd9d2be7
@@ -79,7 +79,8 @@ class _Staged(_Parts):
     def state(self) -> dict:
         "Everything that the next step depends on."
         losses = torch.stack(self._losses).tolist() if self._losses else []
-        return {'model': self.model.state_dict(), 'objective': self.objective.state_dict(), 'epochs': self.epochs,
+        return {'model': self.model.state_dict(), 'objective': self.objective.state_dict(),
+                'epochs': self.epochs,
                 'optimiser': self.optimiser.state_dict(), 'stage': self.stage, 'losses': losses}
 
     def load(self, state:dict):
@@ -94,7 +95,8 @@ class _Staged(_Parts):
 
 # %% ../../nbs/lab/13_learner.ipynb #bc821e11
 class Learner(_Staged):
-    "A network in training with its objective, optimiser and schedule. Equal seeds give equal results, alone or beside others."
+    """A network in training with its objective, optimiser and schedule.
+    Equal seeds give equal results, alone or beside others."""
     def step(self,
         fabric,
         time:float,        # in epochs: decides the rate in the main stage

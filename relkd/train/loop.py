@@ -66,7 +66,8 @@ class _Looking:
 
 # %% ../../nbs/lab/14_fit.ipynb #c3b73bc8
 class _Ready(_Looking):
-    "Learners that know their shapes and their share of the work. Raises ValueError without a teacher that a row needs."
+    """Learners that know their shapes and their share of the work.
+    Raises ValueError without a teacher that a row needs."""
     def __init__(self,
         learners:list,          # of Learner
         stream,                 # a relkd.data.Stream
@@ -75,8 +76,8 @@ class _Ready(_Looking):
     ):
         super().__init__(learners, teacher, fabric)
         if stream.batch_size % fabric.world_size:
-            raise ValueError(f"{fabric.world_size} processes cannot share a batch of {stream.batch_size} evenly: "
-                             "choose a multiple")
+            raise ValueError(f"{fabric.world_size} processes cannot share a batch of "
+                             f"{stream.batch_size} evenly: choose a multiple")
         self.stream, example = stream, next(stream.epoch(0))[1][:2]      # two images, for the shapes
         with evaluating(*self._teachers):
             features = self._features(example)
@@ -86,10 +87,12 @@ class _Ready(_Looking):
 
 # %% ../../nbs/lab/14_fit.ipynb #ea5c7764
 class Together(_Ready):
-    "Learners side by side with their teacher, built and ready to step. Raises ValueError without a teacher that a row needs."
+    """Learners side by side with their teacher, built and ready to step.
+    Raises ValueError without a teacher that a row needs."""
     @contextmanager
     def under_way(self):
-        "Inside, the students learn and the teacher is in evaluation; afterwards every layer's mode is as before."
+        """Inside, the students learn and the teacher is in evaluation;
+        afterwards every layer's mode is as before."""
         with learning(*(l.model for l in self.learners)), evaluating(*self._teachers):
             yield
 
@@ -125,13 +128,16 @@ def _say_diverged(learner):
     "A loss that is not finite is said once, at the end of its epoch."
     lost = [e['epoch'] for e in learner.epochs if e['loss'] is None]
     if lost == [learner.epochs[-1]['epoch']]:
-        warnings.warn(f"{learner.row.name}, seed {learner.seed}: the loss of epoch {lost[0]} is not finite: it has diverged, "
-                      "and learns nothing any more; a smaller learning rate or weight may help")
+        warnings.warn(f"{learner.row.name}, seed {learner.seed}: the loss of epoch {lost[0]} is not finite: "
+                      "it has diverged, and learns nothing any more; a smaller learning rate or "
+                      "weight may help")
 
 class _Walk:
-    "Where a run stands in its course; loaded from the checkpoint if there is one that holds all its learners."
+    """Where a run stands in its course; loaded from the checkpoint if there is one
+    that holds all its learners."""
     def __init__(self, learners, names, session, fabric, saver):
-        self.learners, self.names, self.session, self.fabric, self.saver = learners, names, session, fabric, saver
+        self.learners, self.names, self.session, self.fabric, self.saver = (learners, names, session,
+                                                                            fabric, saver)
         self.at, self.done, self.seconds, self.start = 0, 0, 0., time.perf_counter()
         self.longest = 0.                                        # seconds that a test took
         state = saver.load() if saver else None
@@ -188,7 +194,8 @@ def fit(
     saver:Saver=None,       # checkpoints, to go on from if there is one
     names=None,             # of the learners, for the checkpoint; by default their numbers
 ) -> float: # seconds, those before an interruption included
-    """Train learners side by side, the teacher's pass computed once for all. Afterwards every layer's mode is as before.
+    """Train learners side by side, the teacher's pass computed once for all.
+    Afterwards every layer's mode is as before.
     Raises ValueError as `Together`, Stopped at a checkpoint."""
     session = session or Session(device=next(learners[0].model.parameters()).device.type, precision='32')
     data = getattr(stream, 'data', None) if data is None else data
@@ -197,15 +204,18 @@ def fit(
     side_by_side, course = Together(learners, stream, teacher, fabric), moments(learners, epochs)
     walk = _Walk(learners, names, session, fabric, saver)
     todo, hidden = course[walk.at:], not session.progress or not fabric.is_global_zero
-    bar = tqdm(total=len(course), initial=walk.at, desc=label, unit='epoch', disable=hidden, file=Stdout(), ascii=' #', ncols=96,
+    bar = tqdm(total=len(course), initial=walk.at, desc=label, unit='epoch', disable=hidden, file=Stdout(),
+               ascii=' #', ncols=96,
                mininterval=.5)
     with bar, side_by_side.under_way():
         for moment in todo:
             _steps(walk, side_by_side, moment)
-            watch = moment.stage is None and ((moment.epoch + 1) % eval_every == 0 or walk.at + 1 == len(course))
+            watch = moment.stage is None and ((moment.epoch + 1) % eval_every == 0
+                                              or walk.at + 1 == len(course))
             _end(walk, side_by_side, moment, data, watch)
             if watch and (seen := [l.epochs[-1].get(l.task.watched) for l in learners]) and None not in seen:
-                bar.set_postfix_str(f'{learners[0].task.watched} {sum(seen) / len(seen):.1f} %', refresh=False)
+                bar.set_postfix_str(f'{learners[0].task.watched} {sum(seen) / len(seen):.1f} %',
+                                    refresh=False)
             bar.update()
             if fabric.world_size > 1 and walk.at < len(course):
                 walk.pause(*asked_by_any(fabric, session.stopping(), fabric.is_global_zero and walk.due()))

@@ -94,10 +94,10 @@ def synchronised(
         return nn.SyncBatchNorm.convert_sync_batchnorm(net)
     for name, module in list(net.named_modules()):
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and type(module) is not nn.BatchNorm2d:
-            raise ValueError(f"layer {name!r} is a {type(module).__name__}: on a CPU in {fabric.world_size} processes "
-                             "only BatchNorm2d is synchronised; use one process, or a GPU")
+            raise ValueError(f"layer {name!r} is a {type(module).__name__}: on a CPU in {fabric.world_size} "
+                             "processes only BatchNorm2d is synchronised; use one process, or a GPU")
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = WholeBatchNorm2d                 # the same parameters and buffers, in the same place
+            module.__class__ = WholeBatchNorm2d  # the same parameters and buffers, in the same place
     return net
 
 # %% ../../nbs/lab/11_processes.ipynb #dfe5f1cf

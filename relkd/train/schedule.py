@@ -20,7 +20,8 @@ def _optimiser(schedule, parameters):
     if callable(s.optimiser):
         return s.optimiser(parameters, s.lr)
     if s.optimiser == 'SGD':
-        return torch.optim.SGD(parameters, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay, nesterov=s.nesterov, fused=fused)
+        return torch.optim.SGD(parameters, lr=s.lr, momentum=s.momentum, weight_decay=s.weight_decay,
+                               nesterov=s.nesterov, fused=fused)
     return getattr(torch.optim, s.optimiser)(parameters, lr=s.lr, weight_decay=s.weight_decay, fused=fused)
 
 def _in_words(schedule):
@@ -46,14 +47,15 @@ class _Course:
     warmup:float=0.                  # epochs of linear rise, before anything else
     cosine:bool=False                # fall to 0 along a half cosine instead of by steps
     nesterov:bool=False
-    optimiser:object='SGD'           # 'SGD', 'Adam', 'AdamW', or a function (parameters, lr) -> torch.optim.Optimizer
+    optimiser:object='SGD'  # 'SGD', 'Adam', 'AdamW', or a function (parameters, lr) -> torch.optim.Optimizer
 
     def __post_init__(self):
         if self.epochs < 1:
             raise ValueError(f"a schedule needs at least 1 epoch; got {self.epochs}")
         if not (callable(self.optimiser) or self.optimiser in OPTIMISERS):
             known = ', '.join(OPTIMISERS)
-            raise ValueError(f"optimiser is {known}, or a function of (parameters, lr); got {self.optimiser!r}")
+            raise ValueError(f"optimiser is {known}, or a function of (parameters, lr); got "
+                             f"{self.optimiser!r}")
 
     def at(self,
         epoch:float, # after so many epochs, a fraction allowed
@@ -67,7 +69,8 @@ class _Course:
 
 # %% ../../nbs/lab/10_schedule.ipynb #f0ab1ad3
 class Schedule(_Course):
-    "The optimiser and the course of its learning rate. Raises ValueError for an unknown optimiser, or fewer than 1 epoch."
+    """The optimiser and the course of its learning rate.
+    Raises ValueError for an unknown optimiser, or fewer than 1 epoch."""
     def make(self,
         parameters:list, # that are trained
     ) -> torch.optim.Optimizer:

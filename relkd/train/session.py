@@ -31,7 +31,8 @@ def chosen_device(
 ) -> str: # 'cpu' or 'cuda'. Raises ValueError for an unknown one, and for a GPU where there is none
     "'auto' is CUDA where there is one, else the CPU."
     if device not in DEVICES:
-        why = ", whose random numbers a step cannot set here; the losses run there in a loop of your own" if device == 'mps' else ''
+        why = (", whose random numbers a step cannot set here; the losses run there in a loop of your own"
+               if device == 'mps' else '')
         raise ValueError(f"device is 'auto', 'cpu' or 'cuda'; got {device!r}{why}")
     there = torch.cuda.is_available()
     if device == 'cuda' and not there:
@@ -63,7 +64,8 @@ class Alone:
         device:str,    # 'cpu' or 'cuda'
         precision:str, # '32-true' or 'bf16-mixed'
     ):
-        self.device, self.half = torch.device(device, 0) if device == 'cuda' else torch.device(device), precision == 'bf16-mixed'
+        self.device, self.half = (torch.device(device, 0) if device == 'cuda' else torch.device(device),
+                                  precision == 'bf16-mixed')
 
     def autocast(self): # context of a forward pass
         return torch.autocast(self.device.type, dtype=torch.bfloat16) if self.half else nullcontext()
@@ -77,7 +79,8 @@ def _leave():
         torch.distributed.destroy_process_group()
 
 def _fabric_class():
-    for name in ('lightning.fabric', 'lightning.pytorch.utilities.rank_zero', 'lightning_fabric', 'lightning_fabric.utilities.rank_zero'):
+    for name in ('lightning.fabric', 'lightning.pytorch.utilities.rank_zero', 'lightning_fabric',
+                 'lightning_fabric.utilities.rank_zero'):
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         from lightning_fabric import Fabric
@@ -89,7 +92,8 @@ def make_fabric(
     device:str='auto',   # 'auto', 'cpu' or 'cuda'
     precision:str=None,  # '32' or 'bf16'; by default bf16 on a GPU and 32 on a CPU
 ):
-    "One process on one device, or Fabric under `torchrun`. Raises ValueError for a device that is not there, and an unknown precision."
+    """One process on one device, or Fabric under `torchrun`.
+    Raises ValueError for a device that is not there, and an unknown precision."""
     device = chosen_device(device)
     precision = chosen_precision(device, precision)
     if device == 'cpu':
@@ -102,7 +106,8 @@ def make_fabric(
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         Fabric = _fabric_class()
-        fabric = Fabric(accelerator=device, precision=precision, devices=local, num_nodes=world // local, strategy='ddp')
+        fabric = Fabric(accelerator=device, precision=precision, devices=local, num_nodes=world // local,
+                        strategy='ddp')
         fabric.launch()
     atexit.register(_leave)
     return fabric
@@ -111,18 +116,21 @@ def make_fabric(
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3      # of glibc's mallopt
 
 def keep_memory() -> bool: # was it possible?
-    "Let a process keep the memory that its tensors leave, instead of giving it back and asking for it again in each layer."
+    """Let a process keep the memory that its tensors leave,
+    instead of giving it back and asking for it again in each layer."""
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     if not hasattr(libc, 'mallopt'):
         return False
-    return all([libc.mallopt(M_MMAP_THRESHOLD, 2**30), libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1), libc.mallopt(M_TOP_PAD, 2**26)])
+    return all([libc.mallopt(M_MMAP_THRESHOLD, 2**30), libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1),
+                libc.mallopt(M_TOP_PAD, 2**26)])
 
 # %% ../../nbs/lab/12_session.ipynb #54d9a72e
 class Stopped(Exception):
     "Training stopped at a checkpoint; the message says why."
 
 class Stop:
-    "Inside `with Stop(budget)`, Ctrl-C and SIGTERM ask for a stop instead of tearing the run; so does the end of the budget."
+    """Inside `with Stop(budget)`, Ctrl-C and SIGTERM ask for a stop instead of tearing the run;
+    so does the end of the budget."""
     def __init__(self,
         budget:float=None, # seconds from now; none by default
     ):
@@ -148,7 +156,8 @@ class Stop:
         reserve:float=0., # seconds that the next piece of work and a checkpoint will take
     ) -> bool:
         "Is it time to stop?"
-        if not self.why and self.budget is not None and time.perf_counter() - self.start + reserve > self.budget:
+        if (not self.why and self.budget is not None
+            and time.perf_counter() - self.start + reserve > self.budget):
             self.why = 'budget'
         return self.why is not None
 
