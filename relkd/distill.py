@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import relkd.losses as losses
+from .docs import described
 from .features import Features
 from .ground import nearest
 from .losses.contract import as_loss
@@ -264,6 +265,7 @@ def _norm(loss, parameters):
     return torch.stack(norms).norm() if norms else torch.tensor(0.)
 
 # %% ../nbs/lab/03_distill.ipynb #4b36d3b3
+@described
 def starting_weights(
     terms,             # of Term; their weights are ignored
     student:nn.Module, # as training starts, frozen parts included; a copy is used
@@ -300,6 +302,7 @@ def starting_weights(
     return [replace(t, weight=share * ce / n if n else float('inf')) for t, n in zip(terms, of_terms)]
 
 # %% ../nbs/lab/03_distill.ipynb #d35a0694
+@described
 def measure(
     objective:Objective, # its row's measured weights are set
     student:nn.Module,   # as training starts
