@@ -31,8 +31,8 @@ test-all: setup  ## the same with the cells flagged slow (add FLAGS="slow cuda" 
 bench: setup  ## time the losses against the usual code; records in figures/records/bench
 	@$(BIN)/relkd bench
 
-lab: setup  ## JupyterLab, at the front page
-	@$(BIN)/jupyter lab $(ROOT) $(LAB) nbs/index.ipynb
+lab: setup  ## JupyterLab, at the front page; it prints its address
+	@$(BIN)/jupyter lab $(ROOT) --log-level WARN $(LAB) nbs/index.ipynb
 
 export: setup  ## clean the notebooks and write relkd/ from them
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
