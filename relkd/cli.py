@@ -68,9 +68,10 @@ def _known(name):
         raise ValueError(nearest('recipe', name, known))
 
 # %% ../nbs/lab/40_cli.ipynb #ceca39e8
-def _session(out, device, precision=None, part_size=None, data=None, replace=False):
+def _session(out, device, precision=None, part_size=None, data=None, replace=False, threads=None):
     from relkd.train.session import Session
-    return Session(out, device, precision, progress=True, part_size=part_size, root=data, replace=replace)
+    return Session(out, device, precision, progress=True, part_size=part_size, root=data, replace=replace,
+                   threads=threads)
 
 def _run(recipe, session, budget=None):
     "Run a recipe and print its table. What was stopped says how to go on."
@@ -111,10 +112,6 @@ def demo(
     the RKD paper's rows, eight seeds, about two minutes on two CPU cores."""
     recipe = _wanted('digits', device=device)
     session = _session(out, device)
-    # networks this small: several threads wait for each other more than they compute
-    if 'OMP_NUM_THREADS' not in os.environ:
-        import torch
-        torch.set_num_threads(1)
     _run(recipe, session)
     if (folder := _committed()) is None:
         return
@@ -137,12 +134,14 @@ def run(
                                          help="Write checkpoints in parts of at most this size: '15M'."),
     replace:bool=typer.Option(False, '--replace',
                               help='Write over records of another protocol that lie in OUT.'),
+    threads:Optional[int]=typer.Option(None, min=1, help='Of the CPU; else OMP_NUM_THREADS, else as many '
+                                                         'as the work is worth.'),
     precision:Optional[str]=PRECISION, data:Optional[str]=DATA, out:str=OUT, device:str=DEVICE,
 ):
     "Run what is missing of a recipe, then draw its table. Stopped at any moment, the same command goes on."
     limit, part = seconds(budget) if budget else None, size(part_size) if part_size else None
     wanted = _wanted(name, rows, seeds, epochs, shots, settings, device, precision)
-    _run(wanted, _session(out, device, precision, part, data, replace), limit)
+    _run(wanted, _session(out, device, precision, part, data, replace, threads), limit)
 
 # %% ../nbs/lab/40_cli.ipynb #920a4183
 @app.command()

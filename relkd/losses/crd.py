@@ -14,10 +14,11 @@ import torch.nn.functional as F
 
 from .contract import DistillationLoss, as_pair, beside, finite, known_gradient, traced
 from .state import Remembering, kept_finite, of_all, repeated
-from ..relations import full_precision
+from ..relations import full_precision, power_of_two
 
 # %% ../../nbs/losses/12_crd.ipynb #d16ceeb3
 def _unit(v):
+    v = v / power_of_two(v.abs().amax(1, keepdim=True).clamp(min=1))    # cancels: no square overflows
     length = v.norm(dim=1, keepdim=True)
     # shorter ones have no direction, hence no gradient
     return v / length.masked_fill(length <= 1e-3, float('inf'))

@@ -156,7 +156,7 @@ def run(
     for which in recipe.starts:
         _begin(e, which, [])                      # what is wrong with a file is said now
     environment(e.fabric.device)                  # as it is now: code on disk may change under a long run
-    with hold(e.folder) if e.fabric.is_global_zero else nullcontext():
+    with hold(e.folder) if e.fabric.is_global_zero else nullcontext(), session.at_work(e.products):
         if not session.replace:
             refuse_others(e)
         if e.fabric.is_global_zero:
