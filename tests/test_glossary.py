@@ -78,9 +78,9 @@ def test_titles_and_headings_are_in_both_languages():
     wrong = []
     for name, all_of_it in cells().items():
         kind, _, first = all_of_it[0]
-        subtitle = [line for line in first.splitlines() if line.startswith("> ")]
+        subtitle = [line for line in first.splitlines() if line.startswith("> ")]  # the first is the module's docstring: English
         if [bool(CHINESE.search(line)) for line in subtitle] != [False, True]:
-            wrong.append(f"{name}: subtitle")
+            wrong.append(f"{name}: the subtitle is a line '> English', a line '>' and a line '> Chinese'")
         for _, i, text in (c for c in all_of_it if c[0] == "markdown"):
             for line in re.findall(r"^#{1,4} .*$", re.sub(r"^```.*?^```", "", text, flags=re.S | re.M), flags=re.M):
                 latin = re.search(r"[A-Za-z]{2}", re.sub(r"`[^`]*`|\$[^$]*\$", "", line))
