@@ -163,7 +163,7 @@ def manifest(
             or type(m['classes']) not in (int, type(None))):
             raise TypeError('network is a name, classes and channels are numbers')
         parts = [(type(p['name']), type(p['bytes']), type(p['sha256'])) for p in m['parts']]
-        if set(parts) != {(str, int, str)} or type(m.get('options', {})) is not dict:
+        if set(parts) - {(str, int, str)} or type(m.get('options', {})) is not dict:
             raise TypeError('parts have names, sizes and hashes, options have names')
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the manifest {name}.json is not readable ({type(error).__name__}: {error}): "
