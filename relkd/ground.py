@@ -57,7 +57,8 @@ def slug(
     name:str, # 'HKD + RKD-DA'
 ) -> str: # 'hkd+rkd-da'
     "A name for a file."
-    return name.lower().replace(' ', '').replace('/', '-')
+    name = name.lower().replace(' ', '').replace('/', '-')
+    return ''.join(c if c.isprintable() else '-' for c in name)
 
 # %% ../nbs/lab/00_ground.ipynb #511a807a
 def _sweep(path):
