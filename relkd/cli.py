@@ -73,9 +73,10 @@ def _known(name):
         raise ValueError(nearest('recipe', name, known))
 
 # %% ../nbs/lab/40_cli.ipynb #ceca39e8
-def _session(out, device, precision=None, part_size=None, data=None, replace=False):
+def _session(out, device, precision=None, part_size=None, data=None, replace=False, threads=None):
     from relkd.train.session import Session
-    return Session(out, device, precision, progress=True, part_size=part_size, root=data, replace=replace)
+    return Session(out, device, precision, progress=True, part_size=part_size, root=data, replace=replace,
+                   threads=threads)
 
 def _left(why, what):
     "The end of a command that was stopped, with the code that a shell expects."
@@ -118,10 +119,6 @@ def demo(
     the RKD paper's rows, eight seeds, about two minutes on two CPU cores."""
     recipe = _wanted('digits', device=device)
     session = _session(out, device)
-    # networks this small: several threads wait for each other more than they compute
-    if 'OMP_NUM_THREADS' not in os.environ:
-        import torch
-        torch.set_num_threads(1)
     _run(recipe, session)
     if (folder := _committed()) is None:
         return
@@ -197,6 +194,8 @@ def run(
                                          help="Write checkpoints in parts of at most this size: '15M'."),
     replace:bool=typer.Option(False, '--replace',
                               help='Write over records of another protocol that lie in OUT.'),
+    threads:Optional[int]=typer.Option(None, min=1, help='Of the CPU; else OMP_NUM_THREADS, else as many '
+                                                         'as the work is worth.'),
     precision:Optional[str]=PRECISION, data:Optional[str]=DATA, out:str=OUT, device:str=DEVICE,
     on:Optional[str]=ON, partition:Optional[str]=PARTITION, hours:str=TIME, gpus:int=GPUS, nodes:int=NODES,
     cpus:int=CPUS, memory:Optional[str]=MEMORY, parallel:Optional[int]=PARALLEL,
@@ -208,9 +207,10 @@ def run(
     resources = _resources(on, *asked)
     request = _request(name, rows, seeds, epochs, shots, settings, device, precision)
     if on is None:
-        return _run(request.recipe(), _session(out, device, precision, part, data, replace), limit)
+        return _run(request.recipe(), _session(out, device, precision, part, data, replace,
+                                                threads), limit)
     words = {'out': out, 'device': device, 'precision': precision, 'part_size': part, 'root': data,
-             'replace': replace}
+             'replace': replace, 'threads': threads}
     _as_jobs(on, request, resources, words, limit)
 
 # %% ../nbs/lab/40_cli.ipynb #bdf39ad1

@@ -90,6 +90,9 @@ class Row:
     changes:dict=field(default_factory=dict, metadata={'later': True})
 
     def __post_init__(self):
+        if not (self.name.isprintable() and 0 < len(self.name) <= 200):
+            raise ValueError("a row's name is one line of 1 to 200 signs that can be printed; "
+                             f"got {self.name[:40]!r}")
         if not self.task and not self.terms:
             raise ValueError(f"row {self.name!r} has neither terms nor the task's own loss: it would "
                              "learn nothing")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['full_precision', 'widest', 'as_points', 'differences', 'unit_differences', 'angles', 'pdist',
-           'cosine_similarity_matrix']
+           'cosine_similarity_matrix', 'power_of_two', 'spread']
 
 # %% ../nbs/00_relations.ipynb #89074790
 from contextlib import nullcontext
@@ -118,3 +118,20 @@ def cosine_similarity_matrix(
         raise ValueError("a and b must have the same number of columns; "
                          f"got {a.shape[1]} and {b.shape[1]}")
     with full_precision(a): return F.normalize(a, dim=1, eps=eps) @ F.normalize(b, dim=1, eps=eps).t()
+
+# %% ../nbs/00_relations.ipynb #ef6750f5
+def power_of_two(
+    size:torch.Tensor, # not negative, of any shape
+) -> torch.Tensor: # the same shape, without a graph; of 0 the least normal number
+    "The largest power of two that is not larger: divided by it, a number keeps every digit."
+    least = torch.finfo(size.dtype).tiny
+    return size.detach().clamp(min=least).log2().floor().exp2()
+
+# %% ../nbs/00_relations.ipynb #62134dd8
+def spread(
+    e:torch.Tensor, # (N, D), float32 or float64
+) -> torch.Tensor: # 0-dim, without a graph
+    "A power of two near the largest number once the mean is taken off, where that is more than rounding."
+    e = e.detach()
+    rounding = 1e6 * torch.finfo(e.dtype).eps * e.abs().amax()
+    return power_of_two(torch.maximum((e - e.mean(0)).abs().amax(), rounding))

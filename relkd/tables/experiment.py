@@ -20,7 +20,7 @@ from ..data.source import looking_in
 from ..distill import Objective, Row
 from ..features import Features
 from ..ground import digest
-from ..models import create
+from ..models import create, flops
 from ..modes import evaluating
 from ..records import cell_name, read_record, record_path
 from .described import called, described
@@ -79,6 +79,7 @@ def _check_streams(experiment):
         task.stream(experiment.data, r.schedule, 0, teacher=False)
         task.for_teacher().stream(experiment.data, r.of_teacher, 0, teacher=True)
 
+# %% ../../nbs/lab/31_experiment.ipynb #b8fe9444
 class _Bound:
     "A recipe with its data on a device."
     def __init__(self,
@@ -109,6 +110,15 @@ class _Bound:
         net = create(of, task.outputs(self.data), self.data.channels, seed)
         net = net.to(self.fabric.device, memory_format=memory_format(net))
         return synchronised(net, self.fabric)
+
+    def products(self) -> float:
+        "Multiply-adds of a mean layer of the student with a batch."
+        r, alone = self.recipe, not self.recipe.rows                # a teacher alone
+        task = r.tasks[0].for_teacher() if alone else r.tasks[0]
+        net = self.network(r.teacher if alone else r.student, task, 0)
+        stream = task.stream(self.data, r.of_teacher if alone else r.schedule, 0, teacher=alone)
+        shape = tuple(self.data.normalise(self.data.images[:1]).shape[1:])
+        return stream.batch_size * flops(net, shape) / max(1, sum(p.dim() > 1 for p in net.parameters()))
 
 # %% ../../nbs/lab/31_experiment.ipynb #106bfa3e
 @dataclass(frozen=True)

@@ -162,7 +162,7 @@ def run(
     groups = e.groups() if part is None else [parts(recipe)[part][0]]
     alone = part is None and e.fabric.is_global_zero  # else somebody may be writing what looks left over
     name = '' if part is None else groups[0].label
-    with hold(e.folder, name) if e.fabric.is_global_zero else nullcontext():
+    with (hold(e.folder, name) if e.fabric.is_global_zero else nullcontext()), session.at_work(e.products):
         if not session.replace:
             refuse_others(e)
         if alone:
