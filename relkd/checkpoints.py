@@ -155,8 +155,7 @@ def hold(
         return
     mine = Path(folder) / (f'.lock-{slug(part)}' if part else '.lock')
     mine.parent.mkdir(parents=True, exist_ok=True)
-    with open(mine.with_name('.lock'), 'a+', encoding='utf-8') as of_all, open(mine, 'a+',
-                                                                               encoding='utf-8') as f:
+    with open(mine.with_name('.lock'), 'a+') as of_all, open(mine, 'a+', encoding='utf-8') as f:
         try:
             if part:                                          # parts share the whole, and it shares with none
                 fcntl.flock(of_all, fcntl.LOCK_SH | fcntl.LOCK_NB)

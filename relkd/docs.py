@@ -74,8 +74,7 @@ class _Described:
 def described(
     thing, # a class or a function whose parameters have comments beside them
 ): # itself
-    """Let `help()` show the comments beside the parameters:
-    of a class when it is asked, of a function at once."""
+    "Let `help()` show the comments beside parameters: of a class when it is asked, of a function at once."
     text = vars(thing).get('__doc__') if isinstance(thing, type) else thing.__doc__
     if isinstance(thing, type) and isinstance(text, str):
         thing.__doc__ = _Described(text)

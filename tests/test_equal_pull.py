@@ -13,7 +13,8 @@ from relkd.records import load_records
 from relkd.tables.run import run
 from relkd.train import Session, Stopped
 
-PULLS = Row("balanced", (Term("RKDDistance", EqualPull(.5)), Term("FitNet", EqualPull(batches=2), "conv", "conv"), Term("KD", 2., "logits", "logits")))
+PULLS = Row("balanced", (Term("RKDDistance", EqualPull(.5)), Term("FitNet", EqualPull(batches=2), "conv", "conv"),
+                         Term("KD", 2., "logits", "logits")))
 
 
 def net(seed):

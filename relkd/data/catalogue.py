@@ -73,8 +73,8 @@ def fetch(
         if not source.get: raise ValueError(f"{name} cannot be downloaded; {source.how}, in {root / name}")
         try: source.get(root, progress)
         except ValueError as error:
-            raise ValueError(
-                f"{error}; what is read there: {' or '.join(p[0] for p in source.places)}") from error
+            places = ' or '.join(p[0] for p in source.places)
+            raise ValueError(f"{error}; what is read there: {places}") from error
     return source(root)
 
 # %% ../../nbs/data/13_catalogue.ipynb #5083f3ae
