@@ -73,7 +73,8 @@ def _runs(records, frame, base, title):
     left.set_yticks(range(len(rows)), list(map(_literal, rows)))
     left.invert_yaxis()
     left.set_xlabel('test accuracy, last epoch (%)\ndots: seeds; bar: standard deviation')
-    right.set_xlabel(f'difference to {_literal(base)} of the same seed (points)\nbar: 95 % interval of the mean')
+    right.set_xlabel(f'difference to {_literal(base)} of the same seed (points)\nbar: 95 % interval '
+                     'of the mean')
     for ax in (left, right):
         _plain(ax, '0.9')
     return _titled(fig, title, 110, 11)
@@ -119,7 +120,8 @@ def _tests(records, frame, base, title):
     on, thick = 'of the same seed', ''
     if frame['over_episodes'].notna().any():
         on, thick = 'on the same episodes', 'thick bar: 95 % over episodes; '
-    fig.supxlabel(f'difference to {_literal(base)} {on} (points)\ndots: seeds; {thick}thin bar: 95 % over seeds{cross}',
+    fig.supxlabel(f'difference to {_literal(base)} {on} (points)\ndots: seeds; {thick}thin bar: 95 % over '
+                  f'seeds{cross}',
                   fontsize=9)
     return _titled(fig, title, int(13 * fig.get_figwidth()))
 

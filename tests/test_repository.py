@@ -93,7 +93,7 @@ FLOORS = [            # a room imports from floors below its own, or from its ow
     "distill",
     "train",
     "tables bench",
-    "recipes plots profile",
+    "recipes plots profile cluster",
     "cli",
 ]
 FLOOR = {room: k for k, rooms in enumerate(FLOORS) for room in rooms.split()}
