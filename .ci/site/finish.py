@@ -26,7 +26,7 @@ def both(en, zh):
     return f'<span class="only-en" lang="en">{en}</span><span class="cut"> · </span><span class="only-zh" lang="zh-CN">{zh}</span>'
 
 
-def bar(about, root):
+def bar(about, root, play):
     "What stands above a page: the languages, the search, and what one can do with a notebook."
     parts = ['<span class="languages" role="group" aria-label="language · 语言"><button data-to="zh" lang="zh-CN">中文</button>'
              '<button data-to="en" lang="en">English</button><button data-to="both">both · 双语</button></span>',
@@ -43,8 +43,8 @@ def bar(about, root):
             f'<p>{both("The downloaded notebook begins with this cell. Data that is not there is named, with the command that gets it.", "下载的笔记本以这个单元开头。缺少数据时，会说明缺什么、用哪条命令取得。")}</p></div></details>')
         if "api" in about:
             parts.append(f'<a href="{root}{about["api"]}">{both("reference", "参考")}</a>')
-        if about["play"]:
-            parts.append(f'<a href="#playground">{both("playground", "动手玩")}</a>')
+        if play:
+            parts.append(f'<a href="#{play[0]}">{both("playground", "动手玩")}</a>')
     return lxml.html.fragment_fromstring(f'<nav class="bar" aria-label="page">{"".join(parts)}</nav>')
 
 
@@ -91,13 +91,12 @@ def page(path, out, meta, lonely):
     for e in doc.xpath('//div[contains(@class, "sidebar-tree")]//a | //div[contains(@class, "sidebar-tree")]//p[@class="caption"]/span'
                        ' | //div[contains(@class, "toc-tree")]//a | //div[@class="title"]'):
         split(e, element)
-    for e in doc.xpath('//*[contains(@class, "toc-title")]'):
+    for e in doc.xpath('//*[contains(concat(" ", @class, " "), " toc-title ")]'):
         e.text = "On this page · 本页"
         split(e, element)
     describe(article)
-    article.insert(0, bar(meta.get(name), root))
-    for e in doc.xpath('//section[.//div[starts-with(@class, "play-")]][not(.//section)]'):
-        e.set("id", e.get("id") if name == "playground" else "playground")
+    play = article.xpath('.//section[./div[starts-with(@class, "play-")]]/@id')
+    article.insert(0, bar(meta.get(name), root, play))
     doc.set("data-root", root)
     path.write_text("<!doctype html>\n" + lxml.html.tostring(doc, encoding="unicode"), encoding="utf-8")
     return name, article

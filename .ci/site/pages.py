@@ -150,7 +150,7 @@ def notebooks(source, extra, only):
         nb["metadata"].setdefault("language_info", {"name": "python"})
         write(source / f"{page}.ipynb", json.dumps(shown(nb, page), ensure_ascii=False))
         write(extra / "notebooks" / f"{page}.ipynb", json.dumps(to_download(nb), ensure_ascii=False))
-        meta[page] = {"download": f"notebooks/{page}.ipynb", "needs": needs(nb), "install": install(nb), "play": page in PLAY,
+        meta[page] = {"download": f"notebooks/{page}.ipynb", "needs": needs(nb), "install": install(nb),
                       "colab": f"https://colab.research.google.com/github/{SET['user']}/{SET['repo']}/blob/{TAG}/nbs/{page}.ipynb"}
     return meta
 
@@ -306,7 +306,8 @@ def seeds_of(records, row, test, out="../"):
 
 
 def recipe_page(r, title, records, frame):
-    text = [f"# {title}\n", f"`{r.name}`: {r.runs} runs · 共{r.runs}次运行, {len(records)} records · {len(records)}个记录\n"]
+    n = len(records)
+    text = [f"# {r.name}\n", f"{plain(title)}\n", f"A table of {r.runs} runs; {n} of them have a record here. · 全表共{r.runs}次运行，这里有{n}个记录。\n"]
     if r.source:
         text.append(f"The paper's numbers · 论文的数字：{plain(r.source)}\n")
     if r.cut:
@@ -319,11 +320,13 @@ def recipe_page(r, title, records, frame):
     text.append("Each number of a seed leads to its record: recipe, seed, commit, versions, device, every epoch. In brackets the 95 % interval of "
                 "the paired difference to the base row.\n\n每个种子的数字都链接到它的记录：配方、种子、提交、版本、设备、每一轮的数值。方括号里是与基准行的成对差的95%区间。\n")
     for test in dict.fromkeys(frame.index.get_level_values(0)):
-        text += [f"## {test}\n", "| row · 行 | last epoch · 最后一轮 | sd · 标准差 | in pairs · 成对差 | the paper · 论文 | seeds · 各种子 |", "|---|---|---|---|---|---|"]
+        quotes = bool(r.quoted)
+        text += [f"## {test}\n", "| row · 行 | last epoch · 最后一轮 | sd · 标准差 | in pairs · 成对差 |" + " the paper · 论文 |" * quotes + " seeds · 各种子 |",
+                 "|---|---|---|---|---|" + "---|" * quotes]
         for row, v in frame.loc[test].iterrows():
             span = "" if math.isnan(v["low"]) else f" [{v['low']:+.2f}, {v['high']:+.2f}]"
-            text.append(f"| {plain(row)} | {number(v['last'])} | {number(v['sd'])} | {number(v['difference'], '+.2f')}{span} | "
-                        f"{number(v['paper'], half=v['paper_over_episodes'])} | {seeds_of(records, row, test)} |")
+            paper = f" {number(v['paper'], half=v['paper_over_episodes'])} |" * quotes
+            text.append(f"| {plain(row)} | {number(v['last'])} | {number(v['sd'])} | {number(v['difference'], '+.2f')}{span} |{paper} {seeds_of(records, row, test)} |")
         text.append("")
     return "\n".join(text)
 
@@ -366,9 +369,11 @@ def table_of_tables(known, kept):
             "全部配方；下面是配方引用的论文中的每一格，旁边是这里测得的数。每个数字都通向它的记录。\n", "## Recipes · 配方\n",
             "| recipe · 配方 | what · 内容 | records · 记录 |", "|---|---|---|"]
     text += [f"| [{n}]({slug(n)}.md) | {plain(t)} | {len(kept[n][1])} / {kept[n][0].runs} |" for n, t in known.items()]
+    seen = []
     for name, (r, records, frame) in kept.items():
-        if not r.quoted or (records and r.cut):
+        if not r.quoted or r.quoted in seen:                              # the numbers of a paper stand once
             continue
+        seen.append(r.quoted)
         small = next((n for n in (f"{name.split('/')[0]}/cpu",) if n in kept and kept[n][1] and n != name), None)
         text += [f"\n## {known[name]}\n", f"{plain(r.source)}: [{name}]({slug(name)}.md)" + (f", cut down · 删减：[{small}]({slug(small)}.md)" if small else "") + "\n",
                  "| row · 行 | test · 测试 | the paper · 论文 | here · 这里 | cut down · 删减 |", "|---|---|---|---|---|"]
