@@ -422,8 +422,8 @@ def main():
         print('\nrelkd: stopped', file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        print(f'relkd: {type(error).__name__}: {_line(error)[:200]} (this should not happen; where, stands in '
-              f'{_logged()})', file=sys.stderr)
+        print(f'relkd: {type(error).__name__}: {_line(error)[:200]} (this should not happen; where, '
+              f'stands in {_logged()})', file=sys.stderr)
         sys.exit(1)
 
 if __name__ == '__main__' and '__file__' in globals(): main()      # python -m relkd.cli, not the notebook

@@ -40,8 +40,8 @@ def _fill(net, weights, path):
         net.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         why = str(error).splitlines()[0]
-        raise ValueError(f"the weights in {path} do not fit this network ({why}): they are of another version "
-                         "of its code; remove them, or name another --out") from None
+        raise ValueError(f"the weights in {path} do not fit this network ({why}): they are of "
+                         "another version of its code; remove them, or name another --out") from None
 
 def _finished(experiment, protocol):
     "The weights of a finished cell, its record taken up; None if it is not finished."
