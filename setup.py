@@ -13,6 +13,7 @@ extras = {"lab": cfg["lab_requirements"].split()}                 # every other 
 for name in ("metric", "slurm", "clients", "dev"):
     extras[name] = [*extras["lab"], *cfg[f"{name}_requirements"].split()]
 extras["dev"] += [*extras["metric"], *extras["slurm"]]
+extras["site"] = cfg["site_requirements"].split()                # its own environment, without the package
 
 setup(
     name=cfg["lib_name"],

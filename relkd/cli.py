@@ -13,6 +13,8 @@ import os
 import re
 import signal
 import sys
+import tempfile
+import traceback
 import warnings
 from pathlib import Path
 from typing import List, Optional
@@ -83,6 +85,9 @@ def _left(why, what):
     print(f'\nrelkd: stopped ({why}); {what}: the same command goes on from there', file=sys.stderr)
     return typer.Exit({'budget': 0, 'SIGTERM': 143}.get(why, 130))
 
+def _first(): # under torchrun one process prints and draws
+    return os.environ.get('RANK', '0') == '0'
+
 def _run(recipe, session, budget=None):
     "Run a recipe and print its table. What was stopped says how to go on."
     from relkd.tables.paired import as_text, draw
@@ -93,6 +98,8 @@ def _run(recipe, session, budget=None):
     try:
         with Stop(budget) as session.stop:
             run_recipe(recipe, session)
+        if not _first():
+            return
     except (Stopped, KeyboardInterrupt) as error:
         raise _left(str(error) or 'SIGINT', f'{len(session.records)} of {recipe.runs} runs are finished and '
                     f'kept in {session.out}, the rest is at a checkpoint')
@@ -389,18 +396,34 @@ def options(version:bool=typer.Option(False, '--version', callback=_version, is_
                                       help='Print the version.')):
     "Relational knowledge distillation, derived and run again."
 
+def _line(error): # names in it may hold what a terminal obeys
+    return ''.join(c if c.isprintable() else '?' for c in ' '.join(str(error).split()))
+
+def _logged():
+    "The traceback of what should not happen, in a file."
+    handle, name = tempfile.mkstemp(prefix='relkd-', suffix='.log')
+    with os.fdopen(handle, 'w', encoding='utf-8', errors='replace') as f:
+        traceback.print_exc(file=f)
+    return name
+
 def main():
     "Entry point: errors that a user can mend are one line."
     warnings.formatwarning = lambda message, *_, **__: f'relkd: {message}\n'
     for stream in (sys.stdout, sys.stderr):                    # a terminal that knows no ± gets a ? for it
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')
+    if not _first():
+        sys.stdout = open(os.devnull, 'w')
     try:
         app()
     except (ValueError, OSError) as error:
-        print(f'relkd: {" ".join(str(error).split())}', file=sys.stderr)
+        print(f'relkd: {_line(error)}', file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print('\nrelkd: stopped', file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        print(f'relkd: {type(error).__name__}: {_line(error)[:200]} (this should not happen; where, '
+              f'stands in {_logged()})', file=sys.stderr)
+        sys.exit(1)
 
 if __name__ == '__main__' and '__file__' in globals(): main()      # python -m relkd.cli, not the notebook

@@ -57,11 +57,13 @@ def slug(
     name:str, # 'HKD + RKD-DA'
 ) -> str: # 'hkd+rkd-da'
     "A name for a file."
-    return name.lower().replace(' ', '').replace('/', '-')
+    name = name.lower().replace(' ', '').replace('/', '-')
+    return ''.join(c if c.isprintable() else '-' for c in name)
 
 # %% ../nbs/lab/00_ground.ipynb #511a807a
 def _sweep(path):
-    "Remove what writes of this file left that were killed, a day ago or more: a younger one may be under way."
+    """Remove what writes of this file left that were killed, a day ago or more:
+    a younger one may be under way."""
     for old in path.parent.glob(f'{glob.escape(path.name)}.????????.tmp'):
         try:
             if old.stat().st_mtime < time.time() - 86_400:

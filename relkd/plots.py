@@ -70,10 +70,11 @@ def _runs(records, frame, base, title):
         half = None if np.isnan(v['low']) else [[v['difference'] - v['low']], [v['high'] - v['difference']]]
         right.errorbar(v['difference'], k, xerr=half, color=colours[row], **MARK)
     right.axvline(0, color='0.5', lw=1, ls=':')
+    plain = _literal(base)
     left.set_yticks(range(len(rows)), list(map(_literal, rows)))
     left.invert_yaxis()
     left.set_xlabel('test accuracy, last epoch (%)\ndots: seeds; bar: standard deviation')
-    right.set_xlabel(f'difference to {_literal(base)} of the same seed (points)\nbar: 95 % interval of the mean')
+    right.set_xlabel(f'difference to {plain} of the same seed (points)\nbar: 95 % interval of the mean')
     for ax in (left, right):
         _plain(ax, '0.9')
     return _titled(fig, title, 110, 11)
@@ -119,7 +120,8 @@ def _tests(records, frame, base, title):
     on, thick = 'of the same seed', ''
     if frame['over_episodes'].notna().any():
         on, thick = 'on the same episodes', 'thick bar: 95 % over episodes; '
-    fig.supxlabel(f'difference to {_literal(base)} {on} (points)\ndots: seeds; {thick}thin bar: 95 % over seeds{cross}',
+    base = _literal(base)
+    fig.supxlabel(f'difference to {base} {on} (points)\ndots: seeds; {thick}thin bar: 95 % over seeds{cross}',
                   fontsize=9)
     return _titled(fig, title, int(13 * fig.get_figwidth()))
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'NEEDED', 'environment', 'make_record', 'cell_name', 'record_path', 'write_record', 'upgraded',
-           'read_record', 'elsewhere', 'load_records', 'diverged', 'to_tensorboard']
+           'wrong_fields', 'read_record', 'elsewhere', 'load_records', 'diverged', 'to_tensorboard']
 
 # %% ../nbs/lab/21_records.ipynb #994c79f8
 import json
@@ -121,10 +121,14 @@ def upgraded(
 NEEDED = {'recipe': str, 'row': str, 'variant': dict, 'seed': int, 'run': str, 'headline': str,
           'last': (int, float), 'tests': dict, 'protocol': dict, 'epochs': list}
 
-def _is_number(v): return v is None or isinstance(v, (int, float)) and abs(v) < 1e15
+def _is_number(v): return v is None or isinstance(v, (int, float)) and v == v
 
-def _wrong(record):
-    "The fields that are not of the form that a run writes; what a name is made of reaches terminals."
+def _is_figure(v): return _is_number(v) and abs(v or 0) < 1e15     # of a test; a loss may be anything
+
+def wrong_fields(
+    record:dict, # of today's layout
+) -> list: # of names
+    "The fields that are not of the form that a run writes. Names reach terminals, so they can be printed."
     wrong = [k for k, kind in NEEDED.items() if not isinstance(record[k], kind)]
     if wrong:
         return wrong
@@ -134,7 +138,7 @@ def _wrong(record):
     epochs = [v for e in record['epochs'] for v in (e['epoch'], *e.values())]
     plain = all(type(v) in (int, float, str, bool) for v in record['variant'].values())
     return [what for what, fine in (('a name', all(n.isprintable() and 0 < len(n) <= 200 for n in names)),
-                                    ('variant', plain), ('tests', all(map(_is_number, numbers))),
+                                    ('variant', plain), ('tests', all(map(_is_figure, numbers))),
                                     ('epochs', all(map(_is_number, epochs)))) if not fine]
 
 # %% ../nbs/lab/21_records.ipynb #a311a368
@@ -144,21 +148,24 @@ def read_record(
     "One record. Raises ValueError naming file and field if it is damaged."
     try:
         written = json.loads(Path(path).read_text(encoding='utf-8-sig'))
-        content = written.pop('content', None)
-        changed = content not in (None, digest(written))
-        record = upgraded(written)
-        wrong = _wrong(record)
-        doubt = 'its content is another' if changed else '' if wrong else _doubt(record)
+        record = {k: v for k, v in upgraded(written).items() if k != 'content'}
+        wrong = wrong_fields(record)
+        doubt = '' if wrong else _doubt(record) or _changed(written)
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration, OverflowError,
             RecursionError, OSError) as error:
         raise ValueError(f"record {path} is damaged ({type(error).__name__}: {error}): remove it and run the "
                          "recipe again") from None
-    if wrong and not changed:
+    if wrong:
         raise ValueError(f"record {path} is damaged (field {wrong[0]!r}): remove it and run the recipe again")
     if doubt:
         raise ValueError(f"record {path} was changed after it was written ({doubt}): get it again, or remove "
                          "it and run the recipe again")
     return record
+
+def _changed(written):
+    "Is its content another than the one that its digest is of?"
+    content = {k: v for k, v in written.items() if k != 'content'}
+    return 'its content is another' if written.get('content', digest(content)) != digest(content) else ''
 
 def _doubt(record):
     "In words, what a run would not have written."

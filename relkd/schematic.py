@@ -20,15 +20,18 @@ SCHEMATICS = MappingProxyType({ # name of a loss -> layers, drawing of what is r
     'VID': dict(reads=('stage 2',), icon='map', compares='log-likelihood of the\nteacher, given the student',
                 student='mean,\nvariance'),
     'PKT': dict(reads=('embedding',), icon='matrix', compares='whom each sample\ntakes for its neighbour'),
-    'AB': dict(reads=('stage 2',), icon='signs', compares='active or not,\nwith a margin', student='connector'),
+    'AB': dict(reads=('stage 2',), icon='signs', compares='active or not,\nwith a margin',
+               student='connector'),
     'FT': dict(reads=('stage 3',), icon='map', compares='factors of length 1',
                student='translator', teacher='paraphraser'),
     'FSP': dict(reads=('stage 1', 'stage 2'), icon='flow', joined=True,
                 compares='how one layer goes\nwith the next: the flow'),
     'NST': dict(reads=('stage 3',), icon='channels', compares='the channels as a sample\nof patterns: MMD'),
-    'CRD': dict(reads=('embedding',), icon='sphere', compares='the same image against\nmany others in a memory',
+    'CRD': dict(reads=('embedding',), icon='sphere',
+                compares='the same image against\nmany others in a memory',
                 student='linear', teacher='linear'),
-    'OFD': dict(reads=('stage 2',), icon='signs', compares='maps before ReLU, but not\nwhere both are inactive',
+    'OFD': dict(reads=('stage 2',), icon='signs',
+                compares='maps before ReLU, but not\nwhere both are inactive',
                 student='connector', teacher='margin\nReLU', fixed=('teacher',)),
 })
 
@@ -93,10 +96,12 @@ def _icon(ax, kind, x, y, colour): # 0.7 wide and high
             ax.add_patch(Rectangle((x - .34 + .18 * k, y - .3), .13, h, color=colour))
     elif kind == 'channels':
         for k in range(4):
-            ax.add_patch(Rectangle((x - .36 + .12 * k, y - .28 + .08 * k), .36, .34, fc='white', ec=colour, lw=.9))
+            ax.add_patch(Rectangle((x - .36 + .12 * k, y - .28 + .08 * k), .36, .34, fc='white',
+                                   ec=colour, lw=.9))
     else: # a sphere
         ax.add_patch(Circle((x, y), .34, fill=False, edgecolor=colour, lw=.9))
-        ax.plot([x + .2, x - .3, x + .1, x - .12], [y + .27, y + .16, y - .32, y - .31], 'o', color=colour, ms=3.5)
+        ax.plot([x + .2, x - .3, x + .1, x - .12], [y + .27, y + .16, y - .32, y - .31], 'o',
+                color=colour, ms=3.5)
 
 # %% ../nbs/lab/35_schematic.ipynb #0884c1c5
 def schematic(
@@ -133,7 +138,8 @@ _SHAPE = ((0., 0.), (2.1, .35), (1.55, 1.75), (.35, 1.3))     # four samples in 
 
 def _moved(points, turn, scale, shift):
     from math import cos, sin
-    return [(scale * (cos(turn) * x - sin(turn) * y) + shift[0], scale * (sin(turn) * x + cos(turn) * y) + shift[1])
+    return [(scale * (cos(turn) * x - sin(turn) * y) + shift[0],
+             scale * (sin(turn) * x + cos(turn) * y) + shift[1])
             for x, y in points]
 
 def _shape(ax, points, colour, letter, edges):
@@ -152,7 +158,8 @@ def idea(): # matplotlib's Figure
         _shape(ax, teacher, _TEACHER, 't', edges)
         _shape(ax, student, _STUDENT, 's', edges)
         for t, s in zip(teacher, student) if not edges else []:
-            ax.annotate('', s, t, arrowprops=dict(arrowstyle='-|>', color=_GRADIENT, ls=':', shrinkA=6, shrinkB=6))
+            ax.annotate('', s, t,
+                        arrowprops=dict(arrowstyle='-|>', color=_GRADIENT, ls=':', shrinkA=6, shrinkB=6))
         if edges: _arrow(ax, (2.55, .85), (3.75, .75), _GRADIENT, 2.)
         ax.set(xlim=(-.5, 6.1), ylim=(-.5, 2.5), aspect='equal')
         ax.set_title(title, fontsize=10)

@@ -21,7 +21,7 @@ class Browser:
     def __init__(self, profile):
         (read, to), (back, write) = os.pipe(), os.pipe()
         line = f'exec "$@" 3<&{read} 4>&{write}'
-        command = ["sh", "-c", line, "sh", found(), *QUIET, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
+        command = ["bash", "-c", line, "bash", found(), *QUIET, "--remote-debugging-pipe", f"--user-data-dir={profile}", "about:blank"]
         self.process = subprocess.Popen(command, pass_fds=(read, write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         os.close(read)
         os.close(write)

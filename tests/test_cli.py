@@ -86,6 +86,24 @@ def test_what_needs_no_torch_does_not_import_it(args, code):
     assert done.stdout.splitlines()[-1] == f"{code} []", done.stdout + done.stderr
 
 
+def test_what_should_not_happen_is_one_line_and_a_log(typed, monkeypatch, tmp_path):
+    import relkd.records
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(relkd.records, "load_records", lambda *a: {}["a fault\nof several lines"])
+    code, said, error = typed("tensorboard", "digits", "--out", FIGURES)
+    assert (code, said) == (1, "") and error.count("\n") == 1 and error.startswith("relkd: KeyError: 'a fault")
+    log, = tmp_path.glob("relkd-*.log")
+    assert str(log) in error and "Traceback" in log.read_text()
+
+
+def test_under_torchrun_the_first_process_alone_prints(typed, monkeypatch):
+    assert typed("recipes")[1]
+    monkeypatch.setattr(sys, "stdout", sys.stdout)           # put back afterwards
+    monkeypatch.setenv("RANK", "1")
+    assert typed("recipes") == (0, "", "")
+
+
 def test_help_lists_and_a_recipe_shown(typed):
     assert "Teach students" in typed("--help")[1]
     assert "cifar100/paper" in typed("recipes")[1] and "25 RKDDistance() on fc:input" in typed("recipes", "digits")[1]

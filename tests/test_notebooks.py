@@ -35,7 +35,8 @@ def begin(printed):
         os.dup2(f.fileno(), 2)
     for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, RuntimeWarning):
         warnings.filterwarnings("error", category=kind, module=r"__main__$|relkd\b")
-    warnings.filterwarnings("error", ".*__array__ implementation", DeprecationWarning)         # said inside matplotlib
+    for said in (".*__array__ implementation", ".*__array_wrap__ must accept"):                # of tensors inside matplotlib
+        warnings.filterwarnings("error", said, DeprecationWarning)
 
 
 def run_notebook(notebook, skipped, printed):

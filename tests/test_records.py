@@ -34,7 +34,8 @@ def test_what_is_written_is_read(tmp_path):
     for r in (record(), few_shot_record()):
         path = write_record(tmp_path, r)
         assert path == record_path(tmp_path, r) and read_record(path) == r and r["version"] == VERSION
-        assert json.loads(path.read_text()) == r and not path.read_text().count('"epochs": [\n {')
+        written = json.loads(path.read_text())
+        assert written.pop("content") == digest(r) and written == r and not path.read_text().count('"epochs": [\n {')
     assert load_records(tmp_path, "t") == [record(), few_shot_record()]
     assert [p.name for p in sorted(tmp_path.glob("records/t/*"))] == ["hkd-seed0.json", "rkd-d-1-shot-seed0.json"]
     assert cell_name("A + B", {"shot": 5, "size": 64}, 3) == "a+b-5-shot-64-size-seed3"
@@ -98,6 +99,32 @@ def test_a_record_that_contradicts_itself_is_named(tmp_path, damage, said):
     assert load_records(tmp_path, "t") == [r]
     path.write_text(damage(path.read_text()))
     one_line(lambda: load_records(tmp_path, "t"), f"record {path} was changed after it was written", said)
+
+
+def test_any_change_of_a_record_is_told(tmp_path):
+    """The fault: another figure of one epoch, another name of a row, and the table was another without a word."""
+    path = write_record(tmp_path, record())
+    text = path.read_text()
+    for old, new in (('"loss": 2.0', '"loss": 3.0'), ('"row": "HKD"', '"row": "HKE"'), ('"seconds": 1.0', '"seconds": 2.0')):
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
+        one_line(lambda: read_record(path), "was changed after it was written (its content is another)")
+
+
+@pytest.mark.parametrize("field, value", [
+    ("row", "\x1b[2Jrow"), ("row", "a\nb"), ("row", ""), ("row", "x" * 300), ("best", "90"), ("last", float("nan")), ("last", 1e300),
+    ("epochs", [3]), ("epochs", [{"epoch": 1, "loss": "2"}]), ("tests", {"top-1": None}), ("variant", {"shot": [1]}),
+    ("seed", "/../../../escaped"), ("headline", "\u202etop-1"),
+])
+def test_a_record_of_another_form_is_damaged(tmp_path, field, value):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(record() | {field: value}))
+    one_line(lambda: read_record(path), f"record {path} is damaged")
+
+
+def test_a_recipe_of_a_record_does_not_lead_out_of_its_folder(tmp_path):
+    one_line(lambda: write_record(tmp_path / "out", record(recipe="../../escaped")), "is no way out of its folder")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_place_in_a_record_is_no_path():

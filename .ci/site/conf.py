@@ -5,7 +5,6 @@ extensions = ["myst_nb", "sphinx.ext.mathjax"]
 exclude_patterns = ["figures/records"]
 nb_execution_mode = "off"
 nb_merge_streams = True
-nb_mime_priority_overrides = [("*", "text/plain", 40)]
 myst_enable_extensions = ["dollarmath", "amsmath", "html_image"]
 myst_heading_anchors = 4
 myst_dmath_double_inline = True

@@ -14,6 +14,9 @@ from languages import said, split, visit
 HEAD = '<script src="{root}_static/language.js"></script>', '<link rel="icon" href="{root}_static/icon.svg">'
 FLAGS = {"slow": ("take over 20 seconds", "要二十秒以上"), "cuda": ("need a GPU", "需要GPU"), "clients": ("need the page's library", "需要本页所讲的库")}
 
+DOWNLOADED = ("The downloaded notebook begins with this cell. Data that is not there is named, with the command that gets it.",
+              "下载的笔记本以这个单元开头。缺少数据时，会说明缺什么、用哪条命令取得。")
+
 
 def element(tag, attributes):
     e = lxml.html.Element(tag)
@@ -26,7 +29,7 @@ def both(en, zh):
     return f'<span class="only-en" lang="en">{en}</span><span class="cut"> · </span><span class="only-zh" lang="zh-CN">{zh}</span>'
 
 
-def bar(about, root):
+def bar(about, root, play):
     "What stands above a page: the languages, the search, and what one can do with a notebook."
     parts = ['<span class="languages" role="group" aria-label="language · 语言"><button data-to="zh" lang="zh-CN">中文</button>'
              '<button data-to="en" lang="en">English</button><button data-to="both">both · 双语</button></span>',
@@ -38,13 +41,14 @@ def bar(about, root):
         needs = both("Every cell runs without a GPU.", "所有单元都不需要GPU。") if not flags else both(
             f"Of its cells, {needs[0]}.", f"其中{needs[1]}。")
         parts.append(
-            f'<details class="colab"><summary>Colab</summary><div><p><a href="{about["colab"]}" rel="noopener">{both("open in Colab", "在Colab中打开")}</a></p>'
+            f'<details class="colab"><summary>Colab</summary><div>'
+            f'<p><a href="{about["colab"]}" rel="noopener">{both("open in Colab", "在Colab中打开")}</a></p>'
             f'<p>{both("First run this there:", "在那里先运行：")}</p><div class="highlight"><pre>{about["install"]}</pre></div><p>{needs}</p>'
-            f'<p>{both("The downloaded notebook begins with this cell. Data that is not there is named, with the command that gets it.", "下载的笔记本以这个单元开头。缺少数据时，会说明缺什么、用哪条命令取得。")}</p></div></details>')
+            f'<p>{both(*DOWNLOADED)}</p></div></details>')
         if "api" in about:
             parts.append(f'<a href="{root}{about["api"]}">{both("reference", "参考")}</a>')
-        if about["play"]:
-            parts.append(f'<a href="#playground">{both("playground", "动手玩")}</a>')
+        if play:
+            parts.append(f'<a href="#{play[0]}">{both("playground", "动手玩")}</a>')
     return lxml.html.fragment_fromstring(f'<nav class="bar" aria-label="page">{"".join(parts)}</nav>')
 
 
@@ -64,7 +68,8 @@ def one_language(article, lang):
     "A copy of the article with the blocks of one language and those of none, without outputs."
     other = "en" if lang == "zh" else "zh"
     copy = deepcopy(article)
-    for e in copy.xpath(f'.//*[contains(@class, "only-{other}")] | .//*[contains(@class, "cell_output")] | .//nav | .//a[@class="headerlink"] | .//*[@class="cut"]'):
+    unread = [f'.//*[contains(@class, "{c}")]' for c in (f"only-{other}", "cell_output", "headerlink", "cut", "colon")]
+    for e in copy.xpath(" | ".join([".//nav", *unread])):
         e.drop_tree()
     return copy
 
@@ -91,13 +96,12 @@ def page(path, out, meta, lonely):
     for e in doc.xpath('//div[contains(@class, "sidebar-tree")]//a | //div[contains(@class, "sidebar-tree")]//p[@class="caption"]/span'
                        ' | //div[contains(@class, "toc-tree")]//a | //div[@class="title"]'):
         split(e, element)
-    for e in doc.xpath('//*[contains(@class, "toc-title")]'):
+    for e in doc.xpath('//*[contains(concat(" ", @class, " "), " toc-title ")]'):
         e.text = "On this page · 本页"
         split(e, element)
     describe(article)
-    article.insert(0, bar(meta.get(name), root))
-    for e in doc.xpath('//section[.//div[starts-with(@class, "play-")]][not(.//section)]'):
-        e.set("id", e.get("id") if name == "playground" else "playground")
+    play = article.xpath('.//section[./div[starts-with(@class, "play-")]]/@id')
+    article.insert(0, bar(meta.get(name), root, play))
     doc.set("data-root", root)
     path.write_text("<!doctype html>\n" + lxml.html.tostring(doc, encoding="unicode"), encoding="utf-8")
     return name, article
@@ -114,7 +118,8 @@ async def search(out, articles):
                 title = next((" ".join(h.text_content().split()) for h in copy.iter("h1")), name)
                 text = " ".join(copy.text_content().split())
                 body = lxml.html.tostring(copy, encoding="unicode")
-                await index.add_html_file(url=f"{name}.html?lang={lang}", content=f'<html lang="{lang}"><head><title>{title}</title></head><body>{body}</body></html>')
+                whole = f'<html lang="{lang}"><head><title>{title}</title></head><body>{body}</body></html>'
+                await index.add_html_file(url=f"{name}.html?lang={lang}", content=whole)
                 words[lang].append([f"{name}.html", title, text])
     for lang, pages in words.items():
         (out / "_static" / f"words-{lang}.js").write_text(f"window.WORDS = {json.dumps(pages, ensure_ascii=False)}", encoding="utf-8")
@@ -127,8 +132,8 @@ def main(folder):
     articles = [done for path in sorted(out.glob("**/*.html")) if (done := page(path, out, meta, lonely))]
     shutil.copytree(folder / "extra", out, dirs_exist_ok=True)
     asyncio.run(search(out, articles))
-    for junk in ("objects.inv", ".buildinfo", *(p.relative_to(out) for p in (out / "pagefind").glob("pagefind-*ui.*")), "pagefind/pagefind-highlight.js"):
-        (out / junk).unlink(missing_ok=True)
+    for junk in (out / "objects.inv", out / ".buildinfo", *out.glob("pagefind/pagefind-*ui.*"), out / "pagefind/pagefind-highlight.js"):
+        junk.unlink(missing_ok=True)
     shutil.rmtree(out / "_sources", ignore_errors=True)
     (out / ".nojekyll").touch()
     largest = max(out.glob("**/*.html"), key=lambda p: p.stat().st_size)

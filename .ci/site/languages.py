@@ -143,6 +143,8 @@ def split(e, make):
         if lang:
             span = fill(make("span", {}), some)
             mark(span, lang)
+            if lang == "zh" and "".join(a for a in some if isinstance(a, str)).rstrip().endswith("：") and len(e) and len(e[-1]) == 0:
+                e.append(fill(make("span", {"class": "colon"}), [": "]))       # 论文：, whose English half has none
             e.append(span)
         else:
             fill(e, some)

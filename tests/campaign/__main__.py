@@ -1,6 +1,8 @@
 """`python -m tests.campaign`: see the package."""
 import argparse
+import importlib
 import json
+import os
 import random
 import shutil
 import sys
@@ -12,6 +14,7 @@ import torch
 from campaign import damage, disk, hostile, kills, losses
 from campaign.tally import Tally, text_of
 from relkd.ground import write_atomically
+from relkd.models import create
 from relkd.records import environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,6 +35,18 @@ PARTS = {                     # name -> (share of the time, function of (tally, 
     "folders taken away": (1, disk.taken_away),
     "losses on anything": (3, losses.anything), "losses at every scale": (2, losses.scales),
 }
+
+
+def warm():
+    """Import here what a case may need, so that no child has to."""
+    for name in ("matplotlib.figure", "seaborn", "pandas", "scipy.stats", "safetensors.torch", "pooch", "relkd.cli",
+                 "relkd.recipes.digits", "torch.utils.tensorboard", "relkd.tables.paired", "relkd.plots"):
+        try:
+            importlib.import_module(name)
+        except ImportError:
+            pass
+    with torch.device("meta"):                                # imports more than one would think
+        create("resnet8x0.25", 10, 3).state_dict()
 
 
 def campaign(seconds, only, seed):
@@ -61,6 +76,8 @@ def main():
     options.add_argument("--record", action="store_true", help=f"write {RECORD.relative_to(ROOT)}")
     given = options.parse_args()
     torch.set_num_threads(1)
+    warm()
+    os.fsync = lambda handle: None                            # processes are killed here, not machines
     found = list(campaign(given.seconds, [w.strip() for w in given.only.split(",") if w.strip()], given.seed))
     print(text_of(found))
     if given.record:

@@ -1,23 +1,38 @@
 """Runs that are killed: at any moment, before every operation on a file, and beside each other."""
+import atexit
 import os
+import shutil
 import signal
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 
-from campaign.tally import finish, in_child, patched, start
+from campaign.tally import finish, in_child, patched, patience, start
 from campaign.tiny import KINDS, expected, left_over, life, result
 from relkd.train import Session
 from relkd.tables.run import run
 
 
-def whole(kind, at):
-    """A recipe, and what it gives undisturbed."""
-    recipe, out = KINDS[kind](), at / "whole"
+@cache
+def undisturbed(kind):
+    recipe, out = KINDS[kind](), Path(tempfile.mkdtemp(prefix="campaign"))
+    run(recipe, Session(str(out), "cpu"))                     # here, so that no child has to import or load anything
+    again = Path(tempfile.mkdtemp(prefix="campaign"))
     begun = time.perf_counter()
-    outcome, _ = in_child(lambda: len(run(recipe, Session(str(out), "cpu"))))
-    assert outcome is None, outcome
-    return recipe, result(recipe, out), time.perf_counter() - begun
+    outcome, _ = in_child(lambda: len(run(recipe, Session(str(again), "cpu"))), 300)
+    took = time.perf_counter() - begun
+    assert outcome is None and result(recipe, again) == result(recipe, out), outcome
+    shutil.rmtree(again)
+    atexit.register(shutil.rmtree, out, True)
+    return recipe, result(recipe, out), took, out
+
+
+def whole(kind, at):
+    """A recipe, what it gives undisturbed, and how long that took; a copy of all that it wrote lies in `at`/whole."""
+    recipe, want, took, out = undisturbed(kind)
+    shutil.copytree(out, at / "whole")
+    return recipe, want, took
 
 
 def _one_life(recipe, out, rng, seconds):
@@ -33,7 +48,7 @@ def _one_life(recipe, out, rng, seconds):
     if twice:
         time.sleep(rng.uniform(0, .05))
         os.kill(child, number)
-    deadline = time.time() + 60
+    deadline = time.time() + patience(60)
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         if time.time() > deadline:
             os.kill(child, signal.SIGKILL)

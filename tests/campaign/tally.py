@@ -14,7 +14,7 @@ from contextlib import contextmanager
 class Tally:
     """How many cases of a kind ended how."""
     def __init__(self, name, seconds):
-        self.name, self.deadline, self.begun = name, time.perf_counter() + seconds, time.perf_counter()
+        self.name, self.seconds, self.deadline, self.begun = name, seconds, None, time.perf_counter()
         self.survived = self.noticed = self.said = 0
         self.failures, self.notes = [], {}
 
@@ -23,6 +23,8 @@ class Tally:
         return self.survived + self.noticed + self.said + len(self.failures)
 
     def going(self):
+        """Is there time for one more? The first time it is asked is when the time begins."""
+        self.deadline = self.deadline or time.perf_counter() + self.seconds
         return time.perf_counter() < self.deadline
 
     def add(self, outcome, what=""):
@@ -48,8 +50,7 @@ def refusal(error):
     """The outcome of an exception: a line that a user can act on, or a failure."""
     text = str(error)
     if isinstance(error, (ValueError, OSError)):
-        good = text and text.isprintable()
-        return "said" if good else f"a refusal of several lines or of strange signs: {text[:80]!r}"
+        return "said" if text and "\n" not in text else f"a refusal of several lines: {text[:80]!r}"
     where = traceback.extract_tb(error.__traceback__)
     mine = next((f for f in reversed(where) if "relkd" in f.filename), where[-1] if where else None)
     place = f"{os.path.basename(mine.filename)}:{mine.lineno}" if mine else "?"
@@ -62,7 +63,7 @@ def judged(call, seconds=20):
         raise Hung
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, patience(seconds))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -82,7 +83,7 @@ def _address_space(more):
     resource.setrlimit(resource.RLIMIT_AS, (now + more, now + more))
 
 
-def start(call, memory=None, output=os.devnull):
+def start(call, memory=None, cpu=None, output=os.devnull):
     """Fork a child that makes this call: (its number, the pipe that its answer comes through)."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -100,6 +101,8 @@ def start(call, memory=None, output=os.devnull):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         if memory:
             _address_space(memory)
+        if cpu:
+            resource.setrlimit(resource.RLIMIT_CPU, (cpu, cpu))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             answer = [None, call()]
@@ -116,9 +119,14 @@ def start(call, memory=None, output=os.devnull):
     os._exit(0)
 
 
+def patience(seconds):
+    """So many seconds of a quiet machine."""
+    return seconds * max(1, os.getloadavg()[0] / (os.cpu_count() or 1)) * 1.5
+
+
 def finish(child, read, seconds=60):
     """[outcome or None, what it gave] of a child: it died by a signal, or had to be killed, is an outcome too."""
-    ready, _, _ = select.select([read], [], [], seconds)
+    ready, _, _ = select.select([read], [], [], patience(seconds))
     if not ready:
         os.kill(child, signal.SIGKILL)
     with os.fdopen(read) as f:
@@ -131,8 +139,9 @@ def finish(child, read, seconds=60):
     return [f"ended by {signal.Signals(-code).name}" if code < 0 else f"left with {code}", None]
 
 
-def in_child(call, seconds=60, memory=None, output=os.devnull):
-    return finish(*start(call, memory, output), seconds)
+def in_child(call, seconds=60, memory=None, cpu=None):
+    """`call` in a process of its own: [outcome or None, what it gave], within bounds."""
+    return finish(*start(call, memory, cpu), seconds)
 
 
 @contextmanager
