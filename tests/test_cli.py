@@ -57,6 +57,12 @@ def test_what_is_no_duration_size_number_or_setting(read, text):
     (["run", "digits", "--seeds", "0-3000000000"], "--seeds takes 10,000 numbers at most, each below 2^43; got '0-3000000000'"),
     (["run", "digits", "--seeds", "99999999999999"], "--seeds takes 10,000 numbers at most, each below 2^43"),
     (["run", "digits", "--part-size", "big"], "--part-size takes a size like 600k or 15M; got 'big'"),
+    (["run", "digits", "--on", "sluma"], "--on takes 'slurm' or 'local'; got 'sluma'"),
+    (["run", "digits", "--on", "slurm", "--time", "long"], "--time takes a time like 90s, 9m or 1h30m; got 'long'"),
+    (["run", "digits", "--on", "slurm", "--memory", "much"], "--memory takes a size like 600k or 15M; got 'much'"),
+    (["run", "digits", "--on", "local", "--nodes", "0"], "--nodes takes a whole number from 1; got 0"),
+    (["run", "digits", "--on", "slurm", "--sbatch", "qos"], "--sbatch takes a name and a value, like account=vision; got 'qos'"),
+    (["status", "digist"], "unknown recipe 'digist': did you mean 'digits'?"),
     (["run", "digits", "--device", "tpu"], "device is 'auto', 'cpu' or 'cuda'; got 'tpu'"),
     (["run", "digits", "--precision", "fp8"], "precision is '32' or 'bf16'; got 'fp8'"),
     (["run", "nowhere.py"], "no file nowhere.py: name a recipe, or a Python file that defines one"),
@@ -199,3 +205,11 @@ def test_a_signal_stops_at_a_checkpoint_and_the_same_command_goes_on(tmp_path, r
     assert (p.returncode == code and f"stopped ({number.name}); 1 of 3 runs are finished" in error
             and "the same command goes on from there" in error and "Traceback" not in error)
     assert list(tmp_path.glob(".runs/digits-12epochs/group-*.ckpt")) and not list(tmp_path.glob("**/*.tmp"))
+
+
+def test_a_shell_completes_the_names_of_recipes(relkd_cli):
+    """Typer's protocol: the shell says what stands there, and gets the words that may."""
+    asked = {"_RELKD_COMPLETE": "complete_bash", "COMP_WORDS": "relkd run dig", "COMP_CWORD": "2"}
+    code = "import sys; sys.argv = ['relkd']; from relkd.cli import main; main(); "
+    done = subprocess.run([sys.executable, "-c", code], env=relkd_cli.env | asked, capture_output=True, text=True)
+    assert done.stdout.split()[0] == "digits" and "cifar100/paper" not in done.stdout, done.stdout + done.stderr
