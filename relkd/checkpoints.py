@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .ground import write_atomically
+from .ground import slug, write_atomically
 
 # %% ../nbs/lab/20_checkpoints.ipynb #92cb7966
 VERSION = 2      # of the layout: what another one wrote is refused
@@ -144,7 +144,8 @@ def drop_checkpoint(
 # %% ../nbs/lab/20_checkpoints.ipynb #7df96528
 @contextmanager
 def hold(
-    folder, # of the checkpoints of a recipe, made if it is not there
+    folder,       # of the checkpoints of a recipe, made if it is not there
+    part:str='',  # of the recipe, beside whose other parts it may run; by default the whole
 ):
     "Keep other runs out of a folder while inside `with`. Raises ValueError if another one is there."
     try:
@@ -152,16 +153,20 @@ def hold(
     except ImportError:                                       # no such locks on Windows
         yield
         return
-    path = Path(folder) / '.lock'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a+', encoding='utf-8') as f:
+    mine = Path(folder) / (f'.lock-{slug(part)}' if part else '.lock')
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    with open(mine.with_name('.lock'), 'a+') as of_all, open(mine, 'a+', encoding='utf-8') as f:
         try:
+            if part:                                          # parts share the whole, and it shares with none
+                fcntl.flock(of_all, fcntl.LOCK_SH | fcntl.LOCK_NB)
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             f.seek(0)
             who = f.read().strip() or 'unknown'
             raise ValueError(f"another run (process {who}) is at work in {folder}: wait for it, or name "
                              "another --out") from None
+        except OSError:                                       # a file system that has no locks
+            pass
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()

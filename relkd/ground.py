@@ -62,7 +62,8 @@ def slug(
 
 # %% ../nbs/lab/00_ground.ipynb #511a807a
 def _sweep(path):
-    "Remove what writes of this file left that were killed, a day ago or more: a younger one may be under way."
+    """Remove what writes of this file left that were killed, a day ago or more:
+    a younger one may be under way."""
     for old in path.parent.glob(f'{glob.escape(path.name)}.????????.tmp'):
         try:
             if old.stat().st_mtime < time.time() - 86_400:

@@ -225,7 +225,7 @@ def distances_figure(
         off = d[~torch.eye(n, dtype=torch.bool)]
         alike = '' if first is None else f'correlation {torch.corrcoef(torch.stack([first, off]))[0, 1]:.2f}'
         first = off if first is None else first
-        shown = ax.imshow(d, cmap='viridis', vmin=0, vmax=2)
+        shown = ax.imshow(d.numpy(), cmap='viridis', vmin=0, vmax=2)
         ax.set_title(f'{title}\n{alike}', fontsize=11)
         ax.set(xticks=[], yticks=[])
     fig.colorbar(shown, ax=list(axes), shrink=.7, label='distance / mean distance')

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'NEEDED', 'environment', 'make_record', 'cell_name', 'record_path', 'write_record', 'upgraded',
-           'wrong_fields', 'read_record', 'load_records', 'diverged', 'to_tensorboard']
+           'wrong_fields', 'read_record', 'elsewhere', 'load_records', 'diverged', 'to_tensorboard']
 
 # %% ../nbs/lab/21_records.ipynb #994c79f8
 import json
@@ -19,7 +19,8 @@ import torch
 from .ground import digest, slug, write_atomically
 
 # %% ../nbs/lab/21_records.ipynb #2db1db6e
-def _commit(root):
+@lru_cache
+def _commit(root): # asked once: the code on disk may change under a long run
     if given := os.environ.get('RELKD_COMMIT'):
         return given
     if not (root / '.git').exists():
@@ -32,11 +33,10 @@ def _commit(root):
     except OSError:                                            # no program git
         return None
 
-@lru_cache
 def environment(
     device:torch.device, # that trained
 ) -> dict: # commit, device, versions
-    "Under which conditions a run was made; asked once, for the code on disk may change under a long run."
+    "Under which conditions a run was made."
     import numpy
     import torchvision
     import relkd
@@ -181,6 +181,13 @@ def _doubt(record):
                 return f'the hits of {name!r} do not give its accuracy'
 
 # %% ../nbs/lab/21_records.ipynb #176a9e56
+def elsewhere(
+    out, # a folder of records that has none of those wanted
+) -> str: # the end of a message
+    "What to fetch, for whoever has the package and not the repository."
+    there = Path(out).expanduser().is_dir()
+    return '' if there else '; there is no such folder: the committed ones lie in the repository, in figures/'
+
 def load_records(
     out,          # the folder given to write_record
     recipe:str,   # whose records
@@ -197,7 +204,7 @@ def load_records(
             raise ValueError(f"{first} and {path.name} are two records of one cell, and differ: remove "
                              "one of them")
     if not found:
-        raise ValueError(f"no records of {recipe!r} in {folder}: run the recipe first")
+        raise ValueError(f"no records of {recipe!r} in {folder}: run the recipe first{elsewhere(out)}")
     return [record for _, record in found.values()]
 
 # %% ../nbs/lab/21_records.ipynb #ab07f8f0

@@ -12,6 +12,8 @@ from contextlib import nullcontext
 import torch
 import torch.nn.functional as F
 
+from .docs import described
+
 # %% ../nbs/00_relations.ipynb #2ef9bb4c
 def full_precision(
     e:torch.Tensor, # any tensor; its device is what matters
@@ -40,13 +42,15 @@ def as_points(
     if not isinstance(e, torch.Tensor):
         raise ValueError(f"{name} must be a tensor of shape (N, D); got {type(e).__name__}")
     if e.dim() != 2:
-        raise ValueError(f"{name} must have shape (N, D); got {tuple(e.shape)}: flatten a feature map with "
-                         ".flatten(1)")
+        way = ('flatten a feature map with .flatten(1)' if e.dim() > 2 else
+               'one number a sample, such as a label, is no embedding')
+        raise ValueError(f"{name} must have shape (N, D); got {tuple(e.shape)}: {way}")
     if not e.is_floating_point():
         raise ValueError(f"{name} must be floating point; got {e.dtype}: convert it with .float()")
     return e.float() if e.dtype.itemsize < 4 else e
 
 # %% ../nbs/00_relations.ipynb #49a12a32
+@described
 def differences(
     e:torch.Tensor, # (N, D) embeddings
 ) -> torch.Tensor: # (N, N, D), in float32 at least
@@ -56,6 +60,7 @@ def differences(
     return e.unsqueeze(0) - e.unsqueeze(1)
 
 # %% ../nbs/00_relations.ipynb #b4127c4a
+@described
 def unit_differences(
     e:torch.Tensor,   # (N, D) embeddings
     eps:float=1e-12,  # points at this distance or nearer have no direction
@@ -68,6 +73,7 @@ def unit_differences(
     return td / length.masked_fill(length <= eps, float('inf'))
 
 # %% ../nbs/00_relations.ipynb #47f61488
+@described
 def angles(
     e:torch.Tensor,   # (N, D) embeddings
     eps:float=1e-12,  # points at this distance or nearer have no direction
@@ -79,6 +85,7 @@ def angles(
     with full_precision(u): return u @ u.transpose(1, 2)
 
 # %% ../nbs/00_relations.ipynb #b33d712e
+@described
 def pdist(
     e:torch.Tensor,     # (N, D) embeddings
     squared:bool=False, # squared distances instead?
@@ -98,6 +105,7 @@ def pdist(
         return d.masked_fill(torch.eye(e.shape[0], dtype=torch.bool, device=e.device), 0)
 
 # %% ../nbs/00_relations.ipynb #f3daf8f9
+@described
 def cosine_similarity_matrix(
     a:torch.Tensor,   # (M, D)
     b:torch.Tensor,   # (N, D)

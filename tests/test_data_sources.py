@@ -189,7 +189,8 @@ def test_a_download_by_torchvision_that_fails(tmp_path, monkeypatch, error):
 
     waits = []
     monkeypatch.setattr(CIFAR10, "download", fail)
-    one_line(lambda: fetch("cifar10", tmp_path), "cifar10 could not be downloaded into", "): try again, or place the files there")
+    one_line(lambda: fetch("cifar10", tmp_path), "cifar10 could not be downloaded into",
+             "): try again, or place the files there; what is read there: ", "cifar-10-batches-py/")
     assert waits == [60] and socket.getdefaulttimeout() is None
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -27,11 +28,20 @@ def execute(*command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def run_notebook(notebook, skipped, printed):
-    "In a process of its own: what nbdev_test does for one notebook."
+def begin(printed):
+    "In a process of its own: what is said goes to a file; what a library says will break in our lines ends the notebook."
     with open(printed, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
+    for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, RuntimeWarning):
+        warnings.filterwarnings("error", category=kind, module=r"__main__$|relkd\b")
+    for said in (".*__array__ implementation", ".*__array_wrap__ must accept"):                # of tensors inside matplotlib
+        warnings.filterwarnings("error", said, DeprecationWarning)
+
+
+def run_notebook(notebook, skipped, printed):
+    "What nbdev_test does for one notebook."
+    begin(printed)
     from nbdev.test import test_nb
 
     passed, _ = test_nb(ROOT / notebook, skip_flags=skipped, basepath=ROOT)
@@ -53,10 +63,8 @@ def shown(outputs):
 
 
 def compare_with_stored(notebook, skipped, printed):
-    "In a process of its own: run the cells that carry no flag, and compare what they show with what is committed."
-    with open(printed, "w") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
+    "Run the cells that carry no flag, and compare what they show with what is committed."
+    begin(printed)
     from copy import deepcopy
 
     from execnb.nbio import read_nb
@@ -105,6 +113,17 @@ def test_notebook_executes(notebook, flags, forks, tmp_path):
     printed = (tmp_path / "printed").read_text()
     skip_where_triton_cannot_interpret(printed)
     assert child.exitcode == 0, printed
+
+
+@pytest.mark.parametrize("line, fails", [
+    ("import warnings; warnings.warn('soon', DeprecationWarning)", True), ("import numpy; numpy.float64(0) / numpy.float64(0)", True),
+    ("import warnings; warnings.warn('by the way')", False)])
+def test_what_will_break_in_a_cell_ends_its_notebook(line, fails, forks, tmp_path):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(line)]), tmp_path / "a.ipynb")
+    child = forks.Process(target=run_notebook, args=(tmp_path / "a.ipynb", [], tmp_path / "printed"))
+    child.start()
+    child.join()
+    assert child.exitcode == fails, (tmp_path / "printed").read_text()
 
 
 def run_after_triton(*args):

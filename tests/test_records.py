@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from data_helpers import one_line
+from relkd.bench.measure import load_benchmarks
 from relkd.ground import digest
-from relkd.records import (VERSION, cell_name, environment, load_records, make_record, read_record, record_path,
+from relkd.records import (VERSION, _commit, cell_name, environment, load_records, make_record, read_record, record_path,
                            to_tensorboard, upgraded, write_record)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,6 +133,8 @@ def test_a_place_in_a_record_is_no_path():
 
 def test_missing_records_and_a_folder_in_the_place_of_one(tmp_path):
     one_line(lambda: load_records(tmp_path, "t"), f"no records of 't' in {tmp_path}/records/t: run the recipe first")
+    one_line(lambda: load_records(tmp_path / "figures", "t"), "there is no such folder: the committed ones lie in the repository")
+    one_line(lambda: load_benchmarks(tmp_path / "figures"), "there is no such folder: the committed ones lie in the repository")
     (tmp_path / "records/t/x.json").mkdir(parents=True)
     one_line(lambda: load_records(tmp_path, "t"), "x.json is damaged (IsADirectoryError")
 
@@ -140,16 +143,16 @@ def test_the_environment_is_of_the_start_and_needs_no_git(monkeypatch):
     def no_git(*a, **k):
         raise FileNotFoundError("git")
 
-    environment.cache_clear()
+    _commit.cache_clear()
     monkeypatch.setenv("RELKD_COMMIT", "given")
     assert environment(CPU)["commit"] == "given"
     monkeypatch.delenv("RELKD_COMMIT")
     assert environment(CPU)["commit"] == "given", "asked once"
-    environment.cache_clear()
+    _commit.cache_clear()
     monkeypatch.setattr(subprocess, "run", no_git)
     found = environment(CPU)
     assert found["commit"] is None and found["versions"]["torch"] == torch.__version__ and "CPU" in found["device"]
-    environment.cache_clear()
+    _commit.cache_clear()
 
 
 def test_event_files_call_a_validation_what_it_is(tmp_path, monkeypatch):

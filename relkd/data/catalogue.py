@@ -71,7 +71,10 @@ def fetch(
     source, root = _source(name, data_root(root))
     if not source.place(root):
         if not source.get: raise ValueError(f"{name} cannot be downloaded; {source.how}, in {root / name}")
-        source.get(root, progress)
+        try: source.get(root, progress)
+        except ValueError as error:
+            places = ' or '.join(p[0] for p in source.places)
+            raise ValueError(f"{error}; what is read there: {places}") from error
     return source(root)
 
 # %% ../../nbs/data/13_catalogue.ipynb #5083f3ae

@@ -76,7 +76,7 @@ def _numbers(name, shape, index, s, samples):
         given = (f"{tuple(index.shape)}, {index.dtype}"
                  if isinstance(index, torch.Tensor) else type(index).__name__)
         raise ValueError(f"CRD needs {name}= of shape {shape}, int64, with N = {s.shape[0]}: "
-                         f"numbers of training samples; got {given}")
+                         f"indices of training samples; got {given}")
     if index.device.type == 'cpu' and not traced(index):
         if not 0 <= index.min() <= index.max() < samples:
             raise ValueError(f"CRD remembers {samples} samples; got {name}= from {index.min()} to "

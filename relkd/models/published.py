@@ -146,7 +146,8 @@ def manifest(
 ) -> dict: # network, classes, channels, parts, about. Raises ValueError for a wrong name or manifest
     "What is known of published weights: how they were made, how good they are, what to feed them."
     folder = _folder(folder)
-    files = [p for p in sorted(folder.glob('**/*.json')) if p.is_file() and not p.name.startswith('._')] # ._x is a Mac's
+    # ._x is a Mac's
+    files = [p for p in sorted(folder.glob('**/*.json')) if p.is_file() and not p.name.startswith('._')]
     known = {p.relative_to(folder).as_posix()[:-5]: p for p in files}
     if name not in known or _foreign(known[name]):
         published = [n for n, p in known.items() if b'"parts"' in p.read_bytes()]

@@ -17,7 +17,7 @@ from ..ground import check_writable, digest, teacher_seed
 from ..models import create, weights_hash
 from ..models.weights import start_from
 from ..records import environment, make_record, write_record, wrong_fields
-from .experiment import Experiment, cell, clear_orphans, of_earlier_version, refuse_others
+from .experiment import Experiment, cell, clear_orphans, of_earlier_version, parts, refuse_others
 import relkd.tables.recipe as recipes
 from .recipe import Recipe
 from .teacher import as_teacher, begun, compare, fed, given_to, taken
@@ -40,8 +40,8 @@ def _fill(net, weights, path):
         net.load_state_dict(weights)
     except (RuntimeError, AttributeError, TypeError) as error:
         why = str(error).splitlines()[0]
-        raise ValueError(f"the weights in {path} do not fit this network ({why}): they are of another version "
-                         "of its code; remove them, or name another --out") from None
+        raise ValueError(f"the weights in {path} do not fit this network ({why}): they are of "
+                         "another version of its code; remove them, or name another --out") from None
 
 def _finished(experiment, protocol):
     "The weights of a finished cell, its record taken up; None if it is not finished."
@@ -89,7 +89,9 @@ def _train(experiment, learners, protocols, asked, schedule, stream, label, teac
         # tests may take long, too; what is tested is kept
         if k and any(asked_by_any(e.fabric, s.stopping())):
             raise Stopped((s.stop and s.stop.why) or 'another process')
-        _finish(e, l.task, p, l.model, l.epochs, of_teacher, seconds=round(seconds, 1),
+        o = l.objective
+        more = {'measured': {str(l.row.all_terms[k]): o.weight(k) for k in o.measured}} if o.measured else {}
+        _finish(e, l.task, p, l.model, l.epochs, of_teacher, **more, seconds=round(seconds, 1),
                 trained_beside=len(learners),
                 images_per_second=round(images / max(seconds, 1e-9), 1))
     if e.fabric.is_global_zero:
@@ -169,6 +171,7 @@ def _students(experiment, group, teacher):
 def run(
     recipe:Recipe,
     session:Session=None, # by default records go to figures/, on a GPU if there is one
+    part:int=None,        # number among `parts`, which runs beside others; by default all of them
 ) -> list: # records of all its cells, those found finished included
     """Run what is missing of a recipe. Raises ValueError before any training for what cannot be,
     and Stopped at a checkpoint."""
@@ -178,18 +181,21 @@ def run(
     for which in recipe.starts:
         _begin(e, which, [])                      # what is wrong with a file is said now
     environment(e.fabric.device)                  # as it is now: code on disk may change under a long run
-    with hold(e.folder) if e.fabric.is_global_zero else nullcontext():
+    groups = e.groups() if part is None else [parts(recipe)[part][0]]
+    alone = part is None and e.fabric.is_global_zero  # else somebody may be writing what looks left over
+    name = '' if part is None else groups[0].label
+    with (hold(e.folder, name) if e.fabric.is_global_zero else nullcontext()), session.at_work(e.products):
         if not session.replace:
             refuse_others(e)
-        if e.fabric.is_global_zero:
+        if alone:
             for path in of_earlier_version(e):
                 drop_checkpoint(path)
             clear_orphans(e)
-        for group in e.groups():
+        for group in groups:
             teacher = _teacher(e, group)
-            if recipe.rows:
+            if recipe.rows and group.seeds:
                 _students(e, group, teacher)
-        if e.fabric.is_global_zero:
+        if alone:
             clear_orphans(e)
     return session.records
 
