@@ -91,6 +91,7 @@ class _JobStop(Stop):
             self._old[s] = signal.signal(s, asked)
         return self
 
+# %% ../nbs/lab/43_cluster.ipynb #c5a63542
 class Work:
     "What a job does: one part of a recipe, from its checkpoint if there is one."
     def __init__(self,

@@ -97,8 +97,9 @@ def compare_with_stored(notebook, skipped, printed):
 def forks():
     "Processes that start where torch and the others are imported already: most of a short notebook's time is imports."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision", "pandas", "matplotlib.pyplot", "seaborn", "nbdev.test", "nbdev.doclinks",
-                                    "nbformat", "pytest", "hypothesis", "sklearn.datasets", "lightning.fabric", "relkd.losses", "relkd.cli"])
+    context.set_forkserver_preload(["torch", "torchvision", "pandas", "matplotlib.pyplot", "seaborn", "nbdev.test",
+                                    "nbdev.doclinks", "nbformat", "pytest", "hypothesis", "sklearn.datasets",
+                                    "lightning.fabric", "relkd.losses", "relkd.cli"])
     return context
 
 
