@@ -212,3 +212,25 @@ def test_run_all_goes_through(notebook, flags):
     said = [c.outputs[0].get("text", "") if c.outputs else "" for c in left if "clients" not in FLAG.search(c.source)[1]]
     assert all(text.startswith("left out (") for text in said)
     assert execute("git", "status", "--porcelain").stdout == before
+
+
+def make_a_page(notebook, printed):
+    "What nbdev's documentation commands do with a notebook before Quarto sees it: exported cells and those that import are executed."
+    begin(printed)
+    from execnb.nbio import read_nb
+    from nbdev.processors import FilterDefaults
+
+    os.environ["IN_TEST"] = "1"
+    os.chdir((ROOT / notebook).parent)
+    FilterDefaults()(read_nb(ROOT / notebook))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_a_page_can_be_made_of_it(notebook, flags, forks, tmp_path):
+    if "slow" not in flags:
+        pytest.skip("exported cells once more: --flags slow")
+    child = forks.Process(target=make_a_page, args=(notebook, tmp_path / "printed"))
+    child.start()
+    child.join()
+    assert child.exitcode == 0, (tmp_path / "printed").read_text()
