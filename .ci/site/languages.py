@@ -121,7 +121,7 @@ def kept(found):
     "No reader loses a link, nor code beside which the other language says next to nothing (·  The same line.): such a half is for both."
     has = {lang: [a for other, _, some in found if other == lang for a in some] for lang in ("en", "zh")}
     links, codes = ({lang: carried(part, tags) for lang, part in has.items()} for tags in (("a",), ("code",)))
-    short = {"en": len(WORD.findall(words(has["en"]))) <= 4, "zh": len(HAN.findall(words(has["zh"]))) <= 9}
+    short = {"en": len(WORD.findall(words(has["en"]))) <= 4, "zh": len(HAN.findall(words(has["zh"]))) <= 12}
     for lang, other in (("en", "zh"), ("zh", "en")):
         if (links[lang] and not links[other]) or (codes[lang] and not codes[other] and short[other]):
             found = [("" if spoken == lang else spoken, cut, some) for spoken, cut, some in found]
@@ -168,11 +168,11 @@ def split(e, make):
             fill(e[-1], [cut])
         elif cut:
             fill(e, [cut])
-        before = lang
+        before, first = lang, before is not None
         if lang:
             span = fill(make("span", {}), some)
             mark(span, lang)
-            if lang == "zh" and "".join(a for a in some if isinstance(a, str)).rstrip().endswith("：") and len(e) and len(e[-1]) == 0:
+            if first and lang == "zh" and "".join(a for a in some if isinstance(a, str)).rstrip().endswith("："):
                 e.append(fill(make("span", {"class": "colon"}), [": "]))       # 论文：, whose English half has none
             e.append(span)
         else:
