@@ -19,6 +19,7 @@ html_js_files = ["site.js", "playground.js"]
 html_copy_source = False
 html_show_sourcelink = False
 html_use_index = False
+html_show_copyright = False
 html_sidebars = {"**": ["sidebar/brand.html", "sidebar/scroll-start.html", "sidebar/navigation.html", "sidebar/scroll-end.html"]}
 pygments_style = "friendly"
 pygments_dark_style = "monokai"

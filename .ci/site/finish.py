@@ -14,6 +14,7 @@ from languages import said, split, visit
 HEAD = '<script src="{root}_static/language.js"></script>', '<link rel="icon" href="{root}_static/icon.svg">'
 FLAGS = {"slow": ("take over 20 seconds", "要二十秒以上"), "cuda": ("need a GPU", "需要GPU"), "clients": ("need the page's library", "需要本页所讲的库")}
 
+FURO = {"Previous": "上一页", "Next": "下一页", "Home": "首页", "Back to top": "回到顶部"}
 DOWNLOADED = ("The downloaded notebook begins with this cell. Data that is not there is named, with the command that gets it.",
               "下载的笔记本以这个单元开头。缺少数据时，会说明缺什么、用哪条命令取得。")
 
@@ -37,9 +38,9 @@ def bar(about, root, play):
     if about:
         parts.append(f'<a href="{root}{about["download"]}" download>{both("download", "下载")}</a>')
         flags = [(n, FLAGS[f]) for f, n in about["needs"].items()]
-        needs = "; ".join(f"{n} cells {en}" for n, (en, _) in flags), "；".join(f"{n}个单元{zh}" for n, (_, zh) in flags)
+        needs = "; ".join(f"{n} {en}" for n, (en, _) in flags), "；".join(f"{n}个单元{zh}" for n, (_, zh) in flags)
         needs = both("Every cell runs without a GPU.", "所有单元都不需要GPU。") if not flags else both(
-            f"Of its cells, {needs[0]}.", f"其中{needs[1]}。")
+            f"Of its cells {needs[0]}.", f"其中{needs[1]}。")
         parts.append(
             f'<details class="colab"><summary>Colab</summary><div>'
             f'<p><a href="{about["colab"]}" rel="noopener">{both("open in Colab", "在Colab中打开")}</a></p>'
@@ -99,6 +100,10 @@ def page(path, out, meta, lonely):
     for e in doc.xpath('//*[contains(concat(" ", @class, " "), " toc-title ")]'):
         e.text = "On this page · 本页"
         split(e, element)
+    for e in doc.xpath('//div[@class="context"]/* | //a[contains(@class, "back-to-top")]/span'):
+        if not len(e) and (chinese := FURO.get((e.text or "").strip())):
+            e.text = f"{e.text.strip()} · {chinese}"
+            split(e, element)
     describe(article)
     play = article.xpath('.//section[./div[starts-with(@class, "play-")]]/@id')
     article.insert(0, bar(meta.get(name), root, play))

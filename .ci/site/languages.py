@@ -10,7 +10,8 @@ LABEL = re.compile(r"[^：]{0,24}：")
 WORD = re.compile(r"[A-Za-z][A-Za-z'’]+")
 CUT = re.compile(r"(?<=\S)( (?:·|—) |\u00a0· )(?=\S)|^( (?:·|—) )|( (?:·|—) )$")
 SILENT = {"code", "pre", "script", "style", "svg", "img"}                    # says nothing about the language
-QUIET = {"math", "cell", "highlight", "play-points", "play-temperature"}
+BREAKS = {"cell", "toctree-wrapper"}
+QUIET = {"math", "cut-within", "cell", "highlight", "play-points", "play-temperature"}
 BLOCKS = {"p", "h1", "h2", "h3", "h4", "h5", "h6", "td", "th", "li", "summary", "figcaption", "caption", "dt", "dd"}
 HOLDERS = {"ul", "ol", "dl", "p", "div", "table", "blockquote", "pre", "details", "section"}
 
@@ -107,6 +108,23 @@ def halves(e):
                 found[-1][2].extend(([sign] if sign else []) + some)
             elif some:
                 found.append((lang, sign, list(some)))
+    return kept(found)
+
+
+def carried(part, tags):
+    "How many links, or pieces of code and formulae, stand in atoms."
+    within = [x for a in part if not isinstance(a, str) for x in a.iter() if isinstance(x.tag, str)]
+    return sum(x.tag in tags or ("code" in tags and "math" in (x.get("class") or "").split()) for x in within)
+
+
+def kept(found):
+    "No reader loses a link, nor code beside which the other language says next to nothing (·  The same line.): such a half is for both."
+    has = {lang: [a for other, _, some in found if other == lang for a in some] for lang in ("en", "zh")}
+    links, codes = ({lang: carried(part, tags) for lang, part in has.items()} for tags in (("a",), ("code",)))
+    short = {"en": len(WORD.findall(words(has["en"]))) <= 4, "zh": len(HAN.findall(words(has["zh"]))) <= 12}
+    for lang, other in (("en", "zh"), ("zh", "en")):
+        if (links[lang] and not links[other]) or (codes[lang] and not codes[other] and short[other]):
+            found = [("" if spoken == lang else spoken, cut, some) for spoken, cut, some in found]
     return found
 
 
@@ -129,6 +147,9 @@ def mark(e, lang):
 
 def split(e, make):
     "Cut an element into spans of one language; says which languages it holds now: 'en', 'zh', 'both' or ''."
+    for child in e:
+        if child.tag in ("a", "em", "strong") and split(child, make) == "both":
+            child.set("class", f"{child.get('class') or ''} cut-within".strip())
     parts = halves(e)
     if len(parts) == 1:
         return parts[0][0]
@@ -137,13 +158,21 @@ def split(e, make):
     e.tail = tail
     for k, v in attributes.items():
         e.set(k, v)
+    before = None
     for lang, cut, some in parts:
-        if cut:
+        if cut and lang and before:
             e.append(fill(make("span", {"class": "cut"}), [cut]))
+        elif cut and lang:
+            some = [cut, *some]                                                  # what stands before it is for both
+        elif cut and before:
+            fill(e[-1], [cut])
+        elif cut:
+            fill(e, [cut])
+        before, first = lang, before is not None
         if lang:
             span = fill(make("span", {}), some)
             mark(span, lang)
-            if lang == "zh" and "".join(a for a in some if isinstance(a, str)).rstrip().endswith("：") and len(e) and len(e[-1]) == 0:
+            if first and lang == "zh" and "".join(a for a in some if isinstance(a, str)).rstrip().endswith("："):
                 e.append(fill(make("span", {"class": "colon"}), [": "]))       # 论文：, whose English half has none
             e.append(span)
         else:
@@ -157,19 +186,30 @@ def joined(kinds):
 
 
 def is_break(e):
-    "A cell, a heading or a section: paragraphs on its two sides are no neighbours."
-    return e.tag in ("h1", "h2", "h3", "h4", "h5", "h6", "section", "hr") or "cell" in (e.get("class") or "").split()
+    "A cell, a heading, a section or a list of pages: paragraphs on its two sides are no neighbours."
+    return e.tag in ("h1", "h2", "h3", "h4", "h5", "h6", "section", "hr") or not BREAKS.isdisjoint((e.get("class") or "").split())
+
+
+def kind_of(e):
+    "A list answers to a list and words to words; a table is of names and numbers, and answers to nothing."
+    if e.tag == "table" or next(e.iter("table"), None) is not None:
+        return "table"
+    return "list" if e.tag in ("ul", "ol", "dl") else "words"
 
 
 def pair(run, lonely):
     "Mark the blocks of one language that have a neighbour in the other; the others are shown in both."
-    spoken = {lang for _, lang in run}
-    for e, lang in run:
-        if lang in ("en", "zh"):
-            if {"en", "zh"} <= spoken:
-                mark(e, lang)
-            else:
+    run = [(e, lang, kind_of(e)) for e, lang in run]
+    for e, lang, kind in run:
+        if lang not in ("en", "zh"):
+            continue
+        if kind == "table":
+            if any(language(said(c)) == lang and len(WORD.findall(said(c))) > 7 for c in e.iter("td")):
                 lonely.append((e, lang))
+        elif {"en", "zh"} <= {other for _, other, same in run if same == kind}:
+            mark(e, lang)
+        else:
+            lonely.append((e, lang))
 
 
 def visit(e, make, lonely):

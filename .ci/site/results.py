@@ -84,9 +84,9 @@ def tables(source, extra):
 
 def table_of_tables(known, kept):
     text = ["# The table of tables · 所有的表\n",
-            "Every recipe, and below it every cell of a paper that a recipe quotes, beside what was measured here. A number leads "
-            "to its records.\n",
-            "全部配方；下面是配方引用的论文中的每一格，旁边是这里测得的数。每个数字都通向它的记录。\n", "## Recipes · 配方\n",
+            "Every recipe, and below it every cell of a paper that a recipe quotes, beside what was measured here (mean ± "
+            "deviation, seeds). A number leads to its records.\n",
+            "全部配方；下面是配方引用的论文中的每一格，旁边是这里测得的数（平均值±标准差，种子数）。每个数字都通向它的记录。\n", "## Recipes · 配方\n",
             "| recipe · 配方 | what · 内容 | records · 记录 |", "|---|---|---|"]
     text += [f"| [{n}]({slug(n)}.md) | {plain(t)} | {len(kept[n][1])} / {kept[n][0].runs} |" for n, t in known.items()]
     seen = []
@@ -95,8 +95,8 @@ def table_of_tables(known, kept):
             continue
         seen.append(r.quoted)
         small = next((n for n in (f"{name.split('/')[0]}/cpu",) if n in kept and kept[n][1] and n != name), None)
-        cut = f", cut down · 删减：[{small}]({slug(small)}.md)" if small else ""
-        text += [f"\n## {known[name]}\n", f"{plain(r.source)}: [{name}]({slug(name)}.md){cut}\n",
+        text += [f"\n## {known[name]}\n", f"{plain(r.source)}: [{name}]({slug(name)}.md)\n",
+                 f"Cut down · 删减：[{small}]({slug(small)}.md)\n" if small else "",
                  "| row · 行 | test · 测试 | the paper · 论文 | here · 这里 | cut down · 删减 |", "|---|---|---|---|---|"]
         for (row, test), _ in cells_of(r):
             paper = f"[{papers(r, row, test)}]({slug(name)}.md)"
