@@ -121,9 +121,11 @@ def paths(source, meta):
         pages = [p.split("/")[1] for p in meta if p.startswith(room + "/") and not p.endswith("/index")]
         if (source / room / "index.md").exists() or (source / room / "index.ipynb").exists():
             append(source / room / "index", toctree(pages, shown=room in ROOMS))
-    there = [p for p in (q for _, pages in PATH for q in pages)]
+    placed = {p for _, pages in PATH for p in pages}
+    others = [p for p in meta if "/" not in p and p != "index" and p not in placed]
     for floor, pages in PATH:
-        pages = [p for p in pages if p in there and any((source / f"{p}{s}").exists() for s in (".md", ".ipynb"))]
+        pages = [p for p in pages if any((source / f"{p}{s}").exists() for s in (".md", ".ipynb"))]
+        pages += others if floor == PATH[-1][0] else []                  # a page that nobody placed is looked up
         append(source / "index", toctree(pages, floor))
 
 

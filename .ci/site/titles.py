@@ -17,7 +17,7 @@ PATH = [                                                                 # the r
     ("train · 训练", ["data/index", "lab/index", "tasks/index"]),
     ("in your loop · 用在你的循环里", ["clients/index"]),
     ("reproduce · 复现", ["tables/index", "records/index"]),
-    ("look up · 查阅", ["api/index"]),
+    ("look up · 查阅", ["01_glossary", "api/index"]),
 ]
 ROOMS = {                                                                # rooms without an index of their own
     "lab": ("The lab · 实验室", "What an experiment is made of, one idea a notebook.", "一个实验由什么组成，每个笔记本讲一件事。"),
