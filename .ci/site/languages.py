@@ -85,6 +85,8 @@ def shared(part, follows):
             return [("zh", label), ("", cut[0]), ("en", cut[1])]
         return [("zh", label), ("", rest)]
     if (cut := at_text(part, r"[。；！？）](?=[^\u3400-\u9fff]*$)", last=True)) and not HAN.search(words(cut[1])):
+        if follows and len(WORD.findall(words(cut[1]))) > 1:              # …。 The next sentence · 下一句
+            return [("zh", cut[0]), ("en", cut[1])]
         if any(not isinstance(a, str) and a.tag == "a" for a in cut[1]):
             return [("zh", cut[0]), ("", cut[1])]
     return [("zh", part)]
@@ -111,19 +113,20 @@ def halves(e):
     return kept(found)
 
 
-def carried(part, tags):
-    "How many links, or pieces of code and formulae, stand in atoms."
+def carried(part):
+    "Where the links in atoms lead, and how many pieces of code and formulae there are."
     within = [x for a in part if not isinstance(a, str) for x in a.iter() if isinstance(x.tag, str)]
-    return sum(x.tag in tags or ("code" in tags and "math" in (x.get("class") or "").split()) for x in within)
+    return {x.get("href") for x in within if x.tag == "a"}, sum(x.tag == "code" or "math" in (x.get("class") or "").split() for x in within)
 
 
 def kept(found):
     "No reader loses a link, nor code beside which the other language says next to nothing (·  The same line.): such a half is for both."
     has = {lang: [a for other, _, some in found if other == lang for a in some] for lang in ("en", "zh")}
-    links, codes = ({lang: carried(part, tags) for lang, part in has.items()} for tags in (("a",), ("code",)))
+    (english, en), (chinese, zh) = carried(has["en"]), carried(has["zh"])
+    links, codes = {"en": english - chinese, "zh": chinese - english}, {"en": en, "zh": zh}
     short = {"en": len(WORD.findall(words(has["en"]))) <= 4, "zh": len(HAN.findall(words(has["zh"]))) <= 12}
     for lang, other in (("en", "zh"), ("zh", "en")):
-        if (links[lang] and not links[other]) or (codes[lang] and not codes[other] and short[other]):
+        if links[lang] or (codes[lang] and not codes[other] and short[other]):
             found = [("" if spoken == lang else spoken, cut, some) for spoken, cut, some in found]
     return found
 
@@ -148,7 +151,7 @@ def mark(e, lang):
 def split(e, make):
     "Cut an element into spans of one language; says which languages it holds now: 'en', 'zh', 'both' or ''."
     for child in e:
-        if child.tag in ("a", "em", "strong") and split(child, make) == "both":
+        if child.tag in ("a", "em", "strong", "span") and not is_silent(child) and split(child, make) == "both":
             child.set("class", f"{child.get('class') or ''} cut-within".strip())
     parts = halves(e)
     if len(parts) == 1:
