@@ -150,12 +150,14 @@ def mark(e, lang):
 
 def split(e, make):
     "Cut an element into spans of one language; says which languages it holds now: 'en', 'zh', 'both' or ''."
+    within = False
     for child in e:
         if child.tag in ("a", "em", "strong", "span") and not is_silent(child) and split(child, make) == "both":
             child.set("class", f"{child.get('class') or ''} cut-within".strip())
+            within = True
     parts = halves(e)
     if len(parts) == 1:
-        return parts[0][0]
+        return "both" if within else parts[0][0]
     tail, attributes = e.tail, dict(e.attrib)
     e.clear()
     e.tail = tail

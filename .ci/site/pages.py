@@ -12,7 +12,7 @@ from common import REPO, ROOT, SET, TAG, toctree, write
 sys.path.insert(0, str(ROOT))
 from reference import reference  # noqa: E402
 from results import tables  # noqa: E402
-from titles import PATH, PLAY, PLAY_TEXT, ROOMS, TITLES  # noqa: E402
+from titles import PATH, PLAY, PLAY_TEXT, ROOMS  # noqa: E402
 
 
 def linked(text, page):
@@ -34,12 +34,9 @@ def linked(text, page):
     return re.sub(r"(\])\((?!https?:|mailto:)([^)\s]+)\)", link, text)
 
 
-def titled(text, page):
-    "The page's title in both languages."
-    title = re.match(r"# (.*)", text)
-    if title and page in TITLES and not re.search("[一-鿿]", title.group(1)):
-        text = f"# {title.group(1)} · {TITLES[page]}" + text[title.end():]
-    return text
+def titled(text):
+    "A title whose English half begins with a method's name begins so in Chinese, too."
+    return re.sub(r"^# ([A-Z]\w*[A-Z]\w*): (.*) · (?!\1)", r"# \1: \2 · \1：", text)
 
 
 def play(kind, heading="##"):
@@ -57,7 +54,7 @@ def shown(nb, page):
             if wanted and re.search(r"^## Lesson 1\b", source, re.M):
                 cells.append({"cell_type": "markdown", "metadata": {}, "id": "playground", "source": play(wanted)})
                 wanted = None
-            cells.append({**cell, "source": titled(linked(source, page), page)})
+            cells.append({**cell, "source": titled(linked(source, page))})
             continue
         flags = re.findall(r"^#\|\s*(\w+)", source, re.M)
         source = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip("\n")

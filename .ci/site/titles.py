@@ -1,17 +1,5 @@
-"""The words of the site that stand in no notebook: Chinese titles, the reading path, the playground's explanations."""
+"""The words of the site that stand in no notebook: the reading path, titles of rooms, the playground's explanations."""
 
-# Chinese for the titles that are English in the notebooks; a name needs none
-TITLES = {
-    "00_relations": "样本之间的关系", "losses/index": "损失函数", "losses/00_contract": "损失的约定",
-    "losses/00_rkd": "RKD：关系知识蒸馏", "losses/01_kd": "KD：Hinton的知识蒸馏", "losses/02_fitnet": "FitNet：来自隐藏层的提示",
-    "losses/03_at": "AT：注意力转移", "losses/04_sp": "SP：保持相似性的蒸馏", "losses/05_cc": "CC：相关一致性", "losses/06_vid": "VID：变分信息蒸馏",
-    "losses/07_pkt": "PKT：概率知识转移", "losses/08_ab": "AB：激活边界", "losses/09_ft": "FT：因子转移", "losses/10_fsp": "FSP：求解过程的流",
-    "losses/11_nst": "NST：神经元选择性转移", "losses/12_crd": "CRD：对比表示蒸馏", "losses/13_ofd": "OFD：特征蒸馏的全面检修",
-    "losses/20_zoo": "十四个损失放在一起", "losses/21_fast_angle": "不用立方的角度损失", "losses/22_angle_triton": "GPU上的角度损失",
-    "losses/24_tokens": "词元：蒸馏Transformer", "data/index": "数据", "lab/06_heads": "分类头：类别即方向",
-    "tables/00_digits": "手写数字上的RKD", "tables/01_cifar100": "CIFAR-100上的RKD", "tables/02_tinyimagenet": "Tiny ImageNet上的RKD",
-    "tables/03_omniglot": "Omniglot上的RKD", "tables/04_miniimagenet": "miniImageNet与CIFAR-FS上的RKD",
-}
 PATH = [                                                                 # the reading path: (floor, its pages in order)
     ("derive · 推导", ["00_relations", "losses/index", "playground"]),
     ("train · 训练", ["data/index", "lab/index", "tasks/index"]),
