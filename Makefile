@@ -10,7 +10,7 @@ RUN    := @OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 LAB    ?=
 ROOT   := $(shell [ "$$(id -u)" = 0 ] && echo --allow-root)
 
-.PHONY: help setup demo test test-all bench lab export notebooks readme clean
+.PHONY: help setup demo test test-all bench lab export notebooks readme site clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -31,8 +31,8 @@ test-all: setup  ## the same with the cells flagged slow (add FLAGS="slow cuda" 
 bench: setup  ## time the losses against the usual code; records in figures/records/bench
 	@$(BIN)/relkd bench
 
-lab: setup  ## JupyterLab, at the front page
-	@$(BIN)/jupyter lab $(ROOT) $(LAB) nbs/index.ipynb
+lab: setup  ## JupyterLab, at the front page; it prints its address
+	@$(BIN)/jupyter lab $(ROOT) --log-level WARN $(LAB) nbs/index.ipynb
 
 export: setup  ## clean the notebooks and write relkd/ from them
 	@$(BIN)/nbdev_clean && $(BIN)/nbdev_export
@@ -42,6 +42,9 @@ notebooks: setup  ## run notebooks in place, as a reader would (NB=nbs/00_relati
 
 readme: setup  ## write README.md from nbs/index.ipynb
 	@$(BIN)/python .ci/readme.py
+
+site: setup  ## the site in _docs/site: both languages, searchable, offline; nothing is executed
+	@PYTHON=$(BIN)/python sh .ci/site/build
 
 clean:  ## remove caches and unfinished runs, not .venv and no record
 	@rm -rf figures/.runs .demo .pytest_cache .hypothesis build *.egg-info; find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

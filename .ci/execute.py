@@ -1,9 +1,10 @@
 """Run notebooks in place, as a reader would, and keep their outputs.
 
-Cells flagged with one of settings.ini's `tst_flags` (`slow`, `cuda`) are left as they are, outputs included,
+Cells flagged with one of settings.ini's `tst_flags` (`slow`, `cuda`, `clients`) are left as they are, outputs included,
 unless the flag is named: `python .ci/execute.py --flags "slow" nbs/tables/00_digits.ipynb`.
 """
 import argparse
+import os
 import re
 from configparser import ConfigParser
 from pathlib import Path
@@ -32,6 +33,7 @@ def main():
     cfg = ConfigParser(delimiters=["="])
     cfg.read(root / "settings.ini", encoding="utf-8")
     skip = set(cfg["DEFAULT"]["tst_flags"].split()) - set(args.flags.split())
+    os.environ["RELKD_FLAGS"] = args.flags                     # `%load_ext relkd.flags` lets such cells run
     for path in args.notebooks or sorted(root.glob("nbs/**/[!.]*.ipynb")):
         nb = nbformat.read(path, as_version=4)
         print("running", path, flush=True)

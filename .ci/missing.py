@@ -7,7 +7,8 @@ from packaging.requirements import Requirement
 
 settings = ConfigParser(delimiters=["="])
 settings.read(Path(__file__).parents[1] / "settings.ini", encoding="utf-8")
-lists = ("requirements", "lab_requirements", "metric_requirements", "dev_requirements")
+lists = ("requirements", "lab_requirements", "metric_requirements", "slurm_requirements",
+         "dev_requirements")
 needed = [r for name in lists for r in settings["DEFAULT"][name].split()]
 lacking = []
 for r in map(Requirement, [*needed, "relkd"]):

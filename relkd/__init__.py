@@ -16,6 +16,7 @@ EXTRAS = {             # modules that an extra brings
     'lab': 'numpy torchvision lightning_fabric sklearn scipy pandas matplotlib seaborn safetensors tqdm '
            'typer PIL pooch'.split(),
     'metric': ['pytorch_metric_learning'],
+    'slurm': ['submitit'],
 }
 
 def extra_of(

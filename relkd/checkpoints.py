@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from .ground import write_atomically
+from .ground import slug, write_atomically
 
 # %% ../nbs/lab/20_checkpoints.ipynb #92cb7966
 VERSION = 2      # of the layout: what another one wrote is refused
@@ -46,19 +46,25 @@ def save_checkpoint(
             name = f'{path.name}.{found[:8]}.{k:03d}'
             write_atomically(path.parent / name, piece, '--out')
             parts.append({'name': name, 'bytes': len(piece), 'sha256': found})
-        if path.exists():
+        if manifest_of(path):                                 # a damaged one is not worth keeping
             write_atomically(before, path.read_bytes(), '--out')
         manifest = {'version': VERSION, 'digest': digest, **(about or {}), 'parts': parts}
         write_atomically(path, json.dumps(manifest, indent=1).encode(), '--out')
     finally:                                                  # a full disk keeps no pieces of what failed
         _drop_unnamed(path, before)
 
+# %% ../nbs/lab/20_checkpoints.ipynb #4dfba55e
 def _drop_unnamed(path, before):
     "Remove the parts that neither manifest names."
     wanted = {p['name'] for m in (path, before) for p in (manifest_of(m) or {}).get('parts', [])}
     for old in path.parent.glob(f'{glob.escape(path.name)}.????????.[0-9]*'):
         if old.name not in wanted and not old.name.endswith('.tmp'):
-            old.unlink(missing_ok=True)
+            _unlink(old)
+
+def _unlink(path):
+    "Remove a file. What lies in its place and is none, a folder, is not ours."
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
 
 # %% ../nbs/lab/20_checkpoints.ipynb #d8106222
 def _is_part(p):
@@ -66,12 +72,18 @@ def _is_part(p):
     return isinstance(p, dict) and all(isinstance(p.get(k), t)
                                        for k, t in kinds.items()) and Path(p['name']).name == p['name']
 
+def _content(path):
+    "The bytes of a file. Raises OSError for what is none: a pipe or a device would be read for ever."
+    if not path.is_file():
+        raise FileNotFoundError(path.name)
+    return path.read_bytes()
+
 def manifest_of(
     path,
 ) -> dict: # None if there is none that is whole
     "A manifest whose form is right."
     try:
-        m = json.loads(Path(path).read_text(encoding='utf-8'))
+        m = json.loads(_content(Path(path)))
         whole = isinstance(m['digest'], str) and bool(m['parts']) and all(map(_is_part, m['parts']))
     except (ValueError, OSError, KeyError, TypeError, RecursionError):
         return None
@@ -92,8 +104,8 @@ def read_checkpoint(
                             f"{digest})")
     for p in manifest['parts']:
         try:
-            piece = (path.parent / p['name']).read_bytes()
-        except OSError:
+            piece = _content(path.parent / p['name'])
+        except (OSError, ValueError):
             raise BadCheckpoint(f"{path.name} is incomplete (part {p['name']} is missing)") from None
         if hashlib.sha256(piece).hexdigest() != p['sha256']:
             raise BadCheckpoint(f"{path.name} is damaged (part {p['name']} has {len(piece)} bytes and "
@@ -120,18 +132,20 @@ def load_checkpoint(
             warnings.warn(f"checkpoint refused: {error}")
     return None
 
+# %% ../nbs/lab/20_checkpoints.ipynb #b66639e6
 def drop_checkpoint(
     path, # of the manifest
 ):
     "Remove a checkpoint, the one before it and all parts."
     path = Path(path)
     for p in path.parent.glob(glob.escape(path.name) + '*'):
-        p.unlink(missing_ok=True)
+        _unlink(p)
 
 # %% ../nbs/lab/20_checkpoints.ipynb #7df96528
 @contextmanager
 def hold(
-    folder, # of the checkpoints of a recipe, made if it is not there
+    folder,       # of the checkpoints of a recipe, made if it is not there
+    part:str='',  # of the recipe, beside whose other parts it may run; by default the whole
 ):
     "Keep other runs out of a folder while inside `with`. Raises ValueError if another one is there."
     try:
@@ -139,16 +153,20 @@ def hold(
     except ImportError:                                       # no such locks on Windows
         yield
         return
-    path = Path(folder) / '.lock'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, 'a+', encoding='utf-8') as f:
+    mine = Path(folder) / (f'.lock-{slug(part)}' if part else '.lock')
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    with open(mine.with_name('.lock'), 'a+') as of_all, open(mine, 'a+', encoding='utf-8') as f:
         try:
+            if part:                                          # parts share the whole, and it shares with none
+                fcntl.flock(of_all, fcntl.LOCK_SH | fcntl.LOCK_NB)
             fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             f.seek(0)
             who = f.read().strip() or 'unknown'
             raise ValueError(f"another run (process {who}) is at work in {folder}: wait for it, or name "
                              "another --out") from None
+        except OSError:                                       # a file system that has no locks
+            pass
         f.truncate(0)
         f.write(str(os.getpid()))
         f.flush()

@@ -11,19 +11,19 @@ import re
 from itertools import islice
 
 # %% ../nbs/lab/39_cli_words.ipynb #8ce325f7
-def seconds(text:str) -> float:
+def seconds(text:str, option:str='--budget') -> float:
     "'90', '90s', '9m', '1h30m' as seconds. Raises ValueError otherwise."
     m = re.fullmatch(r'(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?',
                      text.strip().lower())
     if not text.strip() or not m:
-        raise ValueError(f"--budget takes a time like 90s, 9m or 1h30m; got {text!r}")
+        raise ValueError(f"{option} takes a time like 90s, 9m or 1h30m; got {text!r}")
     return sum(float(v or 0) * unit for v, unit in zip(m.groups(), (3600, 60, 1)))
 
-def size(text:str) -> int:
+def size(text:str, option:str='--part-size') -> int:
     "'600k', '15M', '2G' as bytes (powers of 1024). Raises ValueError otherwise."
     m = re.fullmatch(r'(\d+)([kmg]?)b?', text.strip().lower())
     if not m or not int(m[1]):
-        raise ValueError(f"--part-size takes a size like 600k or 15M; got {text!r}")
+        raise ValueError(f"{option} takes a size like 600k or 15M; got {text!r}")
     return int(m[1]) * 1024 ** ('kmg'.index(m[2]) + 1 if m[2] else 0)
 
 def numbers(text:str, option:str='--seeds') -> list:

@@ -74,6 +74,7 @@ def _each(x, f):
         return None
     raise ValueError(f"gather takes tensors, and lists and dictionaries of them; got {type(x).__name__}")
 
+@described
 def gather(
     x,     # (n, ...) tensor; or a list, a tuple or a dictionary of such; n may differ from process to process
     *more,      # likewise

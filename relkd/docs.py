@@ -72,10 +72,14 @@ class _Described:
         return self.whole
 
 def described(
-    cls:type, # whose parameters have comments beside them
-) -> type: # itself
-    "Let `help()` show the comments beside the parameters of a class."
-    text = cls.__dict__.get('__doc__')
-    if isinstance(text, str):
-        cls.__doc__ = _Described(text)
-    return cls
+    thing, # a class or a function whose parameters have comments beside them
+): # itself
+    "Let `help()` show the comments beside parameters: of a class when it is asked, of a function at once."
+    text = vars(thing).get('__doc__') if isinstance(thing, type) else thing.__doc__
+    if isinstance(thing, type) and isinstance(text, str):
+        thing.__doc__ = _Described(text)
+    elif isinstance(text, str):
+        try: lines = _lines(dict(_heads(inspect.cleandoc('\n' + inspect.getsource(thing))))[thing.__name__])
+        except (OSError, TypeError, KeyError, SyntaxError, tokenize.TokenError): return thing
+        thing.__doc__ = '\n\n'.join([inspect.cleandoc(text), '\n'.join(lines)]) if lines else text
+    return thing

@@ -8,10 +8,12 @@ __all__ = ['FIRST', 'nearest', 'installed', 'digest', 'slug', 'write_atomically'
 
 # %% ../nbs/lab/00_ground.ipynb #8a12fa8a
 import difflib
+import glob
 import hashlib
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 # %% ../nbs/lab/00_ground.ipynb #fd0401a9
@@ -55,7 +57,19 @@ def slug(
     name:str, # 'HKD + RKD-DA'
 ) -> str: # 'hkd+rkd-da'
     "A name for a file."
-    return name.lower().replace(' ', '').replace('/', '-')
+    name = name.lower().replace(' ', '').replace('/', '-')
+    return ''.join(c if c.isprintable() else '-' for c in name)
+
+# %% ../nbs/lab/00_ground.ipynb #511a807a
+def _sweep(path):
+    """Remove what writes of this file left that were killed, a day ago or more:
+    a younger one may be under way."""
+    for old in path.parent.glob(f'{glob.escape(path.name)}.????????.tmp'):
+        try:
+            if old.stat().st_mtime < time.time() - 86_400:
+                old.unlink()
+        except OSError:                                        # another process was faster
+            pass
 
 # %% ../nbs/lab/00_ground.ipynb #a3e954a6
 def write_atomically(
@@ -68,6 +82,7 @@ def write_atomically(
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name + '.', suffix='.tmp')
         try:
             with os.fdopen(handle, 'wb') as f:

@@ -18,6 +18,9 @@ from .relations import pdist
 from .tasks.fewshot import episode_logits
 
 # %% ../nbs/lab/35_plots.ipynb #ad52bd53
+def _literal(text): # a $ in a name is a dollar, not a formula
+    return text.replace('$', r'\$')
+
 def _colours(rows):
     import seaborn as sns
     return dict(zip(rows, sns.color_palette('deep', max(len(rows), 1))))
@@ -39,7 +42,7 @@ def _by_row(records, test):
 
 def _titled(fig, title, width, fontsize=10):
     if title:
-        fig.suptitle('\n'.join(fill(line, width) for line in title.splitlines()), fontsize=fontsize)
+        fig.suptitle('\n'.join(fill(line, width) for line in _literal(title).splitlines()), fontsize=fontsize)
     fig.set_layout_engine('tight')
     return fig
 
@@ -67,10 +70,11 @@ def _runs(records, frame, base, title):
         half = None if np.isnan(v['low']) else [[v['difference'] - v['low']], [v['high'] - v['difference']]]
         right.errorbar(v['difference'], k, xerr=half, color=colours[row], **MARK)
     right.axvline(0, color='0.5', lw=1, ls=':')
-    left.set_yticks(range(len(rows)), rows)
+    plain = _literal(base)
+    left.set_yticks(range(len(rows)), list(map(_literal, rows)))
     left.invert_yaxis()
     left.set_xlabel('test accuracy, last epoch (%)\ndots: seeds; bar: standard deviation')
-    right.set_xlabel(f'difference to {base} of the same seed (points)\nbar: 95 % interval of the mean')
+    right.set_xlabel(f'difference to {plain} of the same seed (points)\nbar: 95 % interval of the mean')
     for ax in (left, right):
         _plain(ax, '0.9')
     return _titled(fig, title, 110, 11)
@@ -107,14 +111,16 @@ def _tests(records, frame, base, title):
     for ax, t in zip(axes, tests):
         of = frame.loc[t]
         _one_test(ax, rows, of, _by_row(records, t), base, colours)
-        ax.set_title(t + (f'\n{base} {of.loc[base, "last"]:.2f} %' if base in of.index else ''), fontsize=10)
+        under = f'\n{base} {of.loc[base, "last"]:.2f} %' if base in of.index else ''
+        ax.set_title(_literal(t + under), fontsize=10)
         _plain(ax)
-    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].set_yticks(range(len(rows)), list(map(_literal, rows)))
     axes[0].set_ylim(max(len(rows), 1) - .5, -.5)
     cross = '; cross: the paper, quoted' if frame['paper'].notna().any() else ''
     on, thick = 'of the same seed', ''
     if frame['over_episodes'].notna().any():
         on, thick = 'on the same episodes', 'thick bar: 95 % over episodes; '
+    base = _literal(base)
     fig.supxlabel(f'difference to {base} {on} (points)\ndots: seeds; {thick}thin bar: 95 % over seeds{cross}',
                   fontsize=9)
     return _titled(fig, title, int(13 * fig.get_figwidth()))
@@ -147,9 +153,9 @@ def curves_figure(
             continue
         epochs = sorted(set.intersection(*(set(c) for c in curves)))
         values = np.array([[c[e] for e in epochs] for c in curves])
-        ax.plot(epochs, values.mean(0), marker='o', ms=3, color=colours[row], label=row)
+        ax.plot(epochs, values.mean(0), marker='o', ms=3, color=colours[row], label=_literal(row))
         ax.fill_between(epochs, values.min(0), values.max(0), color=colours[row], alpha=.15, lw=0)
-    ax.set(xlabel='epoch', ylabel='test accuracy (%)', title=title)
+    ax.set(xlabel='epoch', ylabel='test accuracy (%)', title=_literal(title))
     ax.legend(frameon=False, fontsize=9)
     ax.grid(color='0.92')
     sns.despine(ax=ax)
@@ -219,7 +225,7 @@ def distances_figure(
         off = d[~torch.eye(n, dtype=torch.bool)]
         alike = '' if first is None else f'correlation {torch.corrcoef(torch.stack([first, off]))[0, 1]:.2f}'
         first = off if first is None else first
-        shown = ax.imshow(d, cmap='viridis', vmin=0, vmax=2)
+        shown = ax.imshow(d.numpy(), cmap='viridis', vmin=0, vmax=2)
         ax.set_title(f'{title}\n{alike}', fontsize=11)
         ax.set(xticks=[], yticks=[])
     fig.colorbar(shown, ax=list(axes), shrink=.7, label='distance / mean distance')

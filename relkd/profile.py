@@ -32,7 +32,7 @@ def machine_limits(
     dtype=torch.float32, # of the products
 ) -> dict: # GB/s read plus written, and 10^12 multiply-adds a second
     "What this device reaches in a copy and in a matrix product."
-    n, size = (8192, 2**30) if device.type == 'cuda' else (1024, 2**26)
+    n, size = (8192, 2**30) if device.type == 'cuda' else (512, 2**26)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     x = torch.empty(size, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)

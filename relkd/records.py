@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'NEEDED', 'environment', 'make_record', 'cell_name', 'record_path', 'write_record', 'upgraded',
-           'read_record', 'load_records', 'diverged', 'to_tensorboard']
+           'wrong_fields', 'read_record', 'elsewhere', 'load_records', 'diverged', 'to_tensorboard']
 
 # %% ../nbs/lab/21_records.ipynb #994c79f8
 import json
@@ -19,7 +19,8 @@ import torch
 from .ground import digest, slug, write_atomically
 
 # %% ../nbs/lab/21_records.ipynb #2db1db6e
-def _commit(root):
+@lru_cache
+def _commit(root): # asked once: the code on disk may change under a long run
     if given := os.environ.get('RELKD_COMMIT'):
         return given
     if not (root / '.git').exists():
@@ -32,11 +33,10 @@ def _commit(root):
     except OSError:                                            # no program git
         return None
 
-@lru_cache
 def environment(
     device:torch.device, # that trained
 ) -> dict: # commit, device, versions
-    "Under which conditions a run was made; asked once, for the code on disk may change under a long run."
+    "Under which conditions a run was made."
     import numpy
     import torchvision
     import relkd
@@ -81,6 +81,8 @@ def record_path(
 ) -> Path:
     "Where a record lies: out/records/RECIPE/ROW-seedK.json."
     name = cell_name(record['row'], record['variant'], record['seed'])
+    if Path(record['recipe']).is_absolute() or '..' in Path(record['recipe']).parts:
+        raise ValueError(f"a recipe's name is no way out of its folder; got {record['recipe']!r}")
     return Path(out).expanduser() / 'records' / record['recipe'] / f'{name}.json'
 
 # %% ../nbs/lab/21_records.ipynb #7545492f
@@ -88,9 +90,10 @@ def write_record(
     out,          # folder of records and figures
     record:dict,
 ) -> Path: # where it lies
-    "Write a record."
+    "Write a record, and a digest of its content with it."
     path = record_path(out, record)
-    text = json.dumps({k: v for k, v in record.items() if k != 'epochs'}, indent=1, default=str)[:-2]
+    head = {k: v for k, v in record.items() if k != 'epochs'} | {'content': digest(record)}
+    text = json.dumps(head, indent=1, default=str)[:-2]
     epochs = ',\n'.join('  ' + json.dumps(e) for e in record['epochs'])
     write_atomically(path, f'{text},\n "epochs": [\n{epochs}\n ]\n}}\n'.encode(), '--out')
     return path
@@ -116,18 +119,40 @@ def upgraded(
 
 # %% ../nbs/lab/21_records.ipynb #1de8c9f4
 NEEDED = {'recipe': str, 'row': str, 'variant': dict, 'seed': int, 'run': str, 'headline': str,
-          'last': (int, float), 'tests': dict,
-          'protocol': dict, 'epochs': list}
+          'last': (int, float), 'tests': dict, 'protocol': dict, 'epochs': list}
 
+def _is_number(v): return v is None or isinstance(v, (int, float)) and v == v
+
+def _is_figure(v): return _is_number(v) and abs(v or 0) < 1e15     # of a test; a loss may be anything
+
+def wrong_fields(
+    record:dict, # of today's layout
+) -> list: # of names
+    "The fields that are not of the form that a run writes. Names reach terminals, so they can be printed."
+    wrong = [k for k, kind in NEEDED.items() if not isinstance(record[k], kind)]
+    if wrong:
+        return wrong
+    names = [record['recipe'], record['row'], record['headline'], *record['tests'], *record['variant']]
+    numbers = [record['last'], record.get('best'), record.get('best_epoch')]
+    numbers += [v for t in record['tests'].values() for k, v in t.items() if k != 'hits']
+    epochs = [v for e in record['epochs'] for v in (e['epoch'], *e.values())]
+    plain = all(type(v) in (int, float, str, bool) for v in record['variant'].values())
+    return [what for what, fine in (('a name', all(n.isprintable() and 0 < len(n) <= 200 for n in names)),
+                                    ('variant', plain), ('tests', all(map(_is_figure, numbers))),
+                                    ('epochs', all(map(_is_number, epochs)))) if not fine]
+
+# %% ../nbs/lab/21_records.ipynb #a311a368
 def read_record(
     path,
 ) -> dict: # of today's layout
     "One record. Raises ValueError naming file and field if it is damaged."
     try:
-        record = upgraded(json.loads(Path(path).read_text(encoding='utf-8-sig')))
-        wrong = [k for k, kind in NEEDED.items() if not isinstance(record[k], kind)]
-        doubt = '' if wrong else _doubt(record)
-    except (ValueError, KeyError, TypeError, AttributeError, StopIteration, RecursionError, OSError) as error:
+        written = json.loads(Path(path).read_text(encoding='utf-8-sig'))
+        record = {k: v for k, v in upgraded(written).items() if k != 'content'}
+        wrong = wrong_fields(record)
+        doubt = '' if wrong else _doubt(record) or _changed(written)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration, OverflowError,
+            RecursionError, OSError) as error:
         raise ValueError(f"record {path} is damaged ({type(error).__name__}: {error}): remove it and run the "
                          "recipe again") from None
     if wrong:
@@ -136,6 +161,11 @@ def read_record(
         raise ValueError(f"record {path} was changed after it was written ({doubt}): get it again, or remove "
                          "it and run the recipe again")
     return record
+
+def _changed(written):
+    "Is its content another than the one that its digest is of?"
+    content = {k: v for k, v in written.items() if k != 'content'}
+    return 'its content is another' if written.get('content', digest(content)) != digest(content) else ''
 
 def _doubt(record):
     "In words, what a run would not have written."
@@ -151,6 +181,13 @@ def _doubt(record):
                 return f'the hits of {name!r} do not give its accuracy'
 
 # %% ../nbs/lab/21_records.ipynb #176a9e56
+def elsewhere(
+    out, # a folder of records that has none of those wanted
+) -> str: # the end of a message
+    "What to fetch, for whoever has the package and not the repository."
+    there = Path(out).expanduser().is_dir()
+    return '' if there else '; there is no such folder: the committed ones lie in the repository, in figures/'
+
 def load_records(
     out,          # the folder given to write_record
     recipe:str,   # whose records
@@ -167,7 +204,7 @@ def load_records(
             raise ValueError(f"{first} and {path.name} are two records of one cell, and differ: remove "
                              "one of them")
     if not found:
-        raise ValueError(f"no records of {recipe!r} in {folder}: run the recipe first")
+        raise ValueError(f"no records of {recipe!r} in {folder}: run the recipe first{elsewhere(out)}")
     return [record for _, record in found.values()]
 
 # %% ../nbs/lab/21_records.ipynb #ab07f8f0

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['full_precision', 'widest', 'as_points', 'differences', 'unit_differences', 'angles', 'pdist',
-           'cosine_similarity_matrix']
+           'cosine_similarity_matrix', 'power_of_two', 'spread']
 
 # %% ../nbs/00_relations.ipynb #89074790
 from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
+
+from .docs import described
 
 # %% ../nbs/00_relations.ipynb #2ef9bb4c
 def full_precision(
@@ -40,13 +42,15 @@ def as_points(
     if not isinstance(e, torch.Tensor):
         raise ValueError(f"{name} must be a tensor of shape (N, D); got {type(e).__name__}")
     if e.dim() != 2:
-        raise ValueError(f"{name} must have shape (N, D); got {tuple(e.shape)}: flatten a feature map with "
-                         ".flatten(1)")
+        way = ('flatten a feature map with .flatten(1)' if e.dim() > 2 else
+               'one number a sample, such as a label, is no embedding')
+        raise ValueError(f"{name} must have shape (N, D); got {tuple(e.shape)}: {way}")
     if not e.is_floating_point():
         raise ValueError(f"{name} must be floating point; got {e.dtype}: convert it with .float()")
     return e.float() if e.dtype.itemsize < 4 else e
 
 # %% ../nbs/00_relations.ipynb #49a12a32
+@described
 def differences(
     e:torch.Tensor, # (N, D) embeddings
 ) -> torch.Tensor: # (N, N, D), in float32 at least
@@ -56,6 +60,7 @@ def differences(
     return e.unsqueeze(0) - e.unsqueeze(1)
 
 # %% ../nbs/00_relations.ipynb #b4127c4a
+@described
 def unit_differences(
     e:torch.Tensor,   # (N, D) embeddings
     eps:float=1e-12,  # points at this distance or nearer have no direction
@@ -68,6 +73,7 @@ def unit_differences(
     return td / length.masked_fill(length <= eps, float('inf'))
 
 # %% ../nbs/00_relations.ipynb #47f61488
+@described
 def angles(
     e:torch.Tensor,   # (N, D) embeddings
     eps:float=1e-12,  # points at this distance or nearer have no direction
@@ -79,6 +85,7 @@ def angles(
     with full_precision(u): return u @ u.transpose(1, 2)
 
 # %% ../nbs/00_relations.ipynb #b33d712e
+@described
 def pdist(
     e:torch.Tensor,     # (N, D) embeddings
     squared:bool=False, # squared distances instead?
@@ -98,6 +105,7 @@ def pdist(
         return d.masked_fill(torch.eye(e.shape[0], dtype=torch.bool, device=e.device), 0)
 
 # %% ../nbs/00_relations.ipynb #f3daf8f9
+@described
 def cosine_similarity_matrix(
     a:torch.Tensor,   # (M, D)
     b:torch.Tensor,   # (N, D)
@@ -110,3 +118,20 @@ def cosine_similarity_matrix(
         raise ValueError("a and b must have the same number of columns; "
                          f"got {a.shape[1]} and {b.shape[1]}")
     with full_precision(a): return F.normalize(a, dim=1, eps=eps) @ F.normalize(b, dim=1, eps=eps).t()
+
+# %% ../nbs/00_relations.ipynb #ef6750f5
+def power_of_two(
+    size:torch.Tensor, # not negative, of any shape
+) -> torch.Tensor: # the same shape, without a graph; of 0 the least normal number
+    "The largest power of two that is not larger: divided by it, a number keeps every digit."
+    least = torch.finfo(size.dtype).tiny
+    return size.detach().clamp(min=least).log2().floor().exp2()
+
+# %% ../nbs/00_relations.ipynb #62134dd8
+def spread(
+    e:torch.Tensor, # (N, D), float32 or float64
+) -> torch.Tensor: # 0-dim, without a graph
+    "A power of two near the largest number once the mean is taken off, where that is more than rounding."
+    e = e.detach()
+    rounding = 1e6 * torch.finfo(e.dtype).eps * e.abs().amax()
+    return power_of_two(torch.maximum((e - e.mean(0)).abs().amax(), rounding))

@@ -75,6 +75,30 @@ def test_a_manifest_with_any_bit_flipped_never_leads_astray(two, data):
         assert load_checkpoint(at / "c", "d") in ({"k": 2}, {"k": 1})
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda p: os.symlink("/dev/zero", p), lambda p: os.symlink(p, p)],
+                         ids=["pipe", "folder", "device", "loop"])
+@pytest.mark.parametrize("place", ["manifest", "part"])
+def test_what_is_no_file_is_not_waited_for(tmp_path, make, place):
+    """The fault: a pipe in the place of a part was read for ever, a device until the memory was full."""
+    save_checkpoint(tmp_path / "c", {"k": 1}, "d", 200)
+    save_checkpoint(tmp_path / "c", {"k": 2}, "d", 200)
+    new, old = ({p["name"] for p in manifest_of(tmp_path / name)["parts"]} for name in ("c", "c.before"))
+    path = tmp_path / ("c" if place == "manifest" else min(new - old))
+    path.unlink()
+    make(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert load_checkpoint(tmp_path / "c", "d") == {"k": 1}
+
+
+def test_a_damaged_checkpoint_does_not_take_the_place_of_the_one_before(tmp_path):
+    save_checkpoint(tmp_path / "c", {"k": 1}, "d")
+    save_checkpoint(tmp_path / "c", {"k": 2}, "d")
+    (tmp_path / "c").write_text("{")
+    save_checkpoint(tmp_path / "c", {"k": 3}, "d")
+    assert read_checkpoint(tmp_path / "c.before", "d") == {"k": 1} and read_checkpoint(tmp_path / "c", "d") == {"k": 3}
+
+
 @pytest.mark.parametrize("wrong", [
     "{", "[1]", "null", "[" * 3000, '{"digest": "d", "parts": []}', '{"digest": "d", "parts": {"name": "x"}}',
     '{"digest": 3, "parts": [1]}',

@@ -11,7 +11,7 @@ from relkd.distill import Look, Objective, Row, Term
 from relkd.features import Features
 from helpers import CASES, DEFAULTS, as_given, case, gen, value_and_gradients
 
-ALWAYS = ("RKDDistance", "RKD")                             # the others with --flags slow: each costs seconds
+ALWAYS = ("RKD",)                                           # the others with --flags slow: each costs seconds
 
 
 @pytest.fixture(autouse=True)
@@ -49,8 +49,10 @@ def test_every_loss_through_inductor(name, flags):
     assert_compiles(*case(name, 64, 8 if "FT" not in name else 2), "inductor")
 
 
-def test_a_step_of_training_through_inductor():
+def test_a_step_of_training_through_inductor(flags):
     """A network, Features, cross-entropy and RKD, compiled together: the gradients of all parameters."""
+    if "slow" not in flags:
+        pytest.skip("compiling takes ten seconds: --flags slow")
     x, y = torch.randn(64, 3, 8, 8, generator=gen(1)), torch.randint(10, (64,), generator=gen(2))
     torch.manual_seed(0)
     student, teacher = (nn.Sequential(nn.Conv2d(3, c, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * c, d),

@@ -8,6 +8,7 @@ import shutil
 import socket
 import tarfile
 import threading
+from concurrent.futures import ThreadPoolExecutor
 import time
 import zipfile
 import zlib
@@ -188,7 +189,8 @@ def test_a_download_by_torchvision_that_fails(tmp_path, monkeypatch, error):
 
     waits = []
     monkeypatch.setattr(CIFAR10, "download", fail)
-    one_line(lambda: fetch("cifar10", tmp_path), "cifar10 could not be downloaded into", "): try again, or place the files there")
+    one_line(lambda: fetch("cifar10", tmp_path), "cifar10 could not be downloaded into",
+             "): try again, or place the files there; what is read there: ", "cifar-10-batches-py/")
     assert waits == [60] and socket.getdefaulttimeout() is None
 
 
@@ -446,6 +448,15 @@ def test_a_download_is_whole_or_not_there(server, tmp_path):
     assert [p.name for p in to.parent.iterdir()] == ["file.bin"]
 
 
+def test_several_downloads_of_one_file_survive_each_other(server, tmp_path):
+    """The fault: the loser of two ended in a traceback when the winner had moved the part away."""
+    url, _ = server
+    to = tmp_path / "new" / "file.bin"
+    with ThreadPoolExecutor(6) as pool:
+        assert set(pool.map(lambda _: download(f"{url}/file.bin", to, MD5), range(12))) == {to}
+    assert to.read_bytes() == CONTENT and [p.name for p in to.parent.iterdir()] == ["file.bin"]
+
+
 def test_a_download_of_another_file(server, tmp_path):
     url, _ = server
     one_line(lambda: download(f"{url}/file.bin", tmp_path / "x" / "file.bin", "0" * 32),
@@ -508,6 +519,27 @@ def test_the_inventory_reads_again_only_what_changed(tmp_path, monkeypatch):
     (tmp_path / "own" / "train_labels.npy").write_bytes(b"")
     assert "is not a whole .npy file" in {e["name"]: e for e in inventory(tmp_path)}["own"]["error"]
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_other_content_of_equal_size_and_time_is_read_again(tmp_path):
+    """The fault: `cp -p` over a file, and the inventory showed the old fingerprint."""
+    arrays(tmp_path / "own")
+    first, path = {e["name"]: e for e in inventory(tmp_path)}, tmp_path / "own" / "train_images.npy"
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert {e["name"]: e for e in inventory(tmp_path)}["own"]["fingerprint"] != first["own"]["fingerprint"]
+
+
+@pytest.mark.parametrize("change", [{"counts": {"train": 10**9}}, {"fingerprint": "0" * 64}, {"shape": ["x"]}])
+def test_a_forged_entry_of_the_inventory_is_read_again(tmp_path, change):
+    arrays(tmp_path / "own")
+    want, path = inventory(tmp_path), tmp_path / "inventory.json"
+    known = json.loads(path.read_text())
+    known["own"]["entry"] |= change
+    path.write_text(json.dumps(known))
+    assert inventory(tmp_path) == want
 
 
 @pytest.mark.parametrize("entry", [None, {}, {"name": "own"}, {"name": "other", "error": "x"}, {"name": "own", "error": 5}])

@@ -35,6 +35,17 @@ def test_asking_at_the_same_time_whether_a_folder_can_be_written_to(tmp_path):
     assert os.listdir(tmp_path / "new") == []
 
 
+def test_what_killed_writes_left_goes_when_it_is_a_day_old(tmp_path):
+    """The fault: a temporary file stayed for ever for every write that was killed."""
+    names = ["x.json.abcdefgh.tmp", "x.json.12345678.tmp", "y.json.abcdefgh.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    os.utime(tmp_path / names[0], (0, 0))
+    os.utime(tmp_path / names[2], (0, 0))
+    write_atomically(tmp_path / "x.json", b"")
+    assert sorted(os.listdir(tmp_path)) == ["x.json", names[1], names[2]], "a younger one may be under way, another's is not ours"
+
+
 def test_the_nearest_name_or_the_names_there_are():
     assert nearest("row", "RKD-AD", ["RKD-D", "HKD"]) == "unknown row 'RKD-AD': did you mean 'RKD-D'?"
     assert nearest("row", "zzz", ["RKD-D", "HKD"]) == "unknown row 'zzz': known are RKD-D, HKD"

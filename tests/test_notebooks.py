@@ -1,8 +1,10 @@
 """Every notebook executes once, by nbdev's own function, in a process forked from one that has imported the libraries already."""
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import nbformat
@@ -26,11 +28,20 @@ def execute(*command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def run_notebook(notebook, skipped, printed):
-    "In a process of its own: what nbdev_test does for one notebook."
+def begin(printed):
+    "In a process of its own: what is said goes to a file; what a library says will break in our lines ends the notebook."
     with open(printed, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
+    for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, RuntimeWarning):
+        warnings.filterwarnings("error", category=kind, module=r"__main__$|relkd\b")
+    for said in (".*__array__ implementation", ".*__array_wrap__ must accept"):                # of tensors inside matplotlib
+        warnings.filterwarnings("error", said, DeprecationWarning)
+
+
+def run_notebook(notebook, skipped, printed):
+    "What nbdev_test does for one notebook."
+    begin(printed)
     from nbdev.test import test_nb
 
     passed, _ = test_nb(ROOT / notebook, skip_flags=skipped, basepath=ROOT)
@@ -41,8 +52,6 @@ def run_notebook(notebook, skipped, printed):
 
 def shown(outputs):
     "What a reader sees of a cell as text, a figure as the word; without what another machine may print otherwise."
-    import re
-
     texts, stream = [], False
     for o in outputs:
         text = o.get("text") or o.get("data", {}).get("text/plain", "")
@@ -54,11 +63,8 @@ def shown(outputs):
 
 
 def compare_with_stored(notebook, skipped, printed):
-    "In a process of its own: run the cells that carry no flag, and compare what they show with what is committed."
-    with open(printed, "w") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
-    import re
+    "Run the cells that carry no flag, and compare what they show with what is committed."
+    begin(printed)
     from copy import deepcopy
 
     from execnb.nbio import read_nb
@@ -89,9 +95,11 @@ def compare_with_stored(notebook, skipped, printed):
 
 @pytest.fixture(scope="session")
 def forks():
-    "Processes that start where torch and the others are imported already: half of a short notebook's time is imports."
+    "Processes that start where torch and the others are imported already: most of a short notebook's time is imports."
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision", "pandas", "matplotlib.pyplot", "seaborn", "nbdev.test"])
+    context.set_forkserver_preload(["torch", "torchvision", "pandas", "matplotlib.pyplot", "seaborn", "nbdev.test",
+                                    "nbdev.doclinks", "nbformat", "pytest", "hypothesis", "sklearn.datasets",
+                                    "lightning.fabric", "relkd.losses", "relkd.cli"])
     return context
 
 
@@ -108,18 +116,32 @@ def test_notebook_executes(notebook, flags, forks, tmp_path):
     assert child.exitcode == 0, printed
 
 
-def test_triton_may_have_been_imported_before():
+@pytest.mark.parametrize("line, fails", [
+    ("import warnings; warnings.warn('soon', DeprecationWarning)", True), ("import numpy; numpy.float64(0) / numpy.float64(0)", True),
+    ("import warnings; warnings.warn('by the way')", False)])
+def test_what_will_break_in_a_cell_ends_its_notebook(line, fails, forks, tmp_path):
+    nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(line)]), tmp_path / "a.ipynb")
+    child = forks.Process(target=run_notebook, args=(tmp_path / "a.ipynb", [], tmp_path / "printed"))
+    child.start()
+    child.join()
+    assert child.exitcode == fails, (tmp_path / "printed").read_text()
+
+
+def run_after_triton(*args):
+    import triton  # noqa: F401
+
+    run_notebook(*args)
+
+
+def test_triton_may_have_been_imported_before(forks, tmp_path):
     """One process of `nbdev_test` runs several notebooks, and torch.compile in one of them imports Triton without its interpreter."""
     pytest.importorskip("triton")
-    code = """
-import sys, triton
-from pathlib import Path
-from nbdev.test import test_nb
-sys.exit(not test_nb(Path('nbs/losses/22_angle_triton.ipynb').absolute(), skip_flags=['slow', 'cuda'])[0])
-"""
-    done = execute(sys.executable, "-c", code)
-    skip_where_triton_cannot_interpret(done.stderr)
-    assert done.returncode == 0, done.stdout + done.stderr
+    child = forks.Process(target=run_after_triton, args=("nbs/losses/22_angle_triton.ipynb", ["slow", "cuda"], tmp_path / "printed"))
+    child.start()
+    child.join()
+    printed = (tmp_path / "printed").read_text()
+    skip_where_triton_cannot_interpret(printed)
+    assert child.exitcode == 0, printed
 
 
 @pytest.mark.parametrize("options", [[], ["--n_workers", "1"]], ids=["as typed", "one worker"])
@@ -137,3 +159,78 @@ def test_notebook_is_committed_executed(notebook):
     assert outputs, "no cell has an output: run `make notebooks`"
     assert not [o for o in outputs if o.output_type == "error"]
     assert not [o.text for o in outputs if o.output_type == "stream" and o.name == "stderr"], "a reader does not want to see warnings"
+
+
+def code_cells(notebook):
+    return [c for c in nbformat.read(ROOT / notebook, as_version=4).cells if c.cell_type == "code"]
+
+
+FLAG = re.compile(r"^#\|[ \t]*(slow|cuda|clients)\b[ \t]*(.*)$", flags=re.M)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_run_all_leaves_flagged_cells_out_and_says_what_they_take(notebook):
+    """Jupyter takes `#| slow` for a comment; relkd.flags reads it there."""
+    cells = code_cells(notebook)
+    flagged = [k for k, c in enumerate(cells) if FLAG.search(c.source)]
+    loading = [k for k, c in enumerate(cells) if re.search(r"^%load_ext relkd\.flags$", c.source, flags=re.M)]
+    assert not flagged or loading and loading[0] < flagged[0], "write %load_ext relkd.flags below %matplotlib inline"
+    silent = [c.id for c in cells if (m := FLAG.search(c.source)) and not m[2].strip()]
+    assert not silent, "say behind the flag what the cell takes: `#| slow 40 s`, `#| cuda relkd run NAME`, `#| clients timm`"
+
+
+def test_no_notebook_writes_over_committed_records():
+    """What a cell trains or measures goes to .demo, which git ignores."""
+    writes = re.compile(r"(Session|_benchmark|_text|draw|write_record|publish|save_benchmark)\(\s*['\"]\.\./\.\./(figures|weights)")
+    found = [f"{notebook} {c.id}" for notebook in NOTEBOOKS for c in code_cells(notebook) if writes.search(c.source)]
+    assert not found, found
+
+
+def environment_of_a_reader():
+    "Without what the tests have set, and our package."
+    mine = {"IN_TEST", "RELKD_FLAGS", "PYTEST_CURRENT_TEST"}
+    return {k: v for k, v in os.environ.items() if k not in mine} | {"PYTHONPATH": str(ROOT)}
+
+
+def run_all(path):
+    "What Jupyter's Run All does; gives the cells as they stand afterwards."
+    from nbclient import NotebookClient
+
+    nb = nbformat.read(path, as_version=4)
+    client = NotebookClient(nb, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client.execute(env=environment_of_a_reader())
+    return [c for c in nb.cells if c.cell_type == "code"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_run_all_goes_through(notebook, flags):
+    if "slow" not in flags:
+        pytest.skip("every notebook once more, each in a kernel of its own: --flags slow")
+    before = execute("git", "status", "--porcelain").stdout
+    cells = run_all(ROOT / notebook)
+    left = [c for c in cells if FLAG.search(c.source)]
+    said = [c.outputs[0].get("text", "") if c.outputs else "" for c in left if "clients" not in FLAG.search(c.source)[1]]
+    assert all(text.startswith("left out (") for text in said)
+    assert execute("git", "status", "--porcelain").stdout == before
+
+
+def make_a_page(notebook, printed):
+    "What nbdev's documentation commands do with a notebook before Quarto sees it: exported cells and those that import are executed."
+    begin(printed)
+    from execnb.nbio import read_nb
+    from nbdev.processors import FilterDefaults
+
+    os.environ["IN_TEST"] = "1"
+    os.chdir((ROOT / notebook).parent)
+    FilterDefaults()(read_nb(ROOT / notebook))
+    os._exit(0)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_a_page_can_be_made_of_it(notebook, flags, forks, tmp_path):
+    if "slow" not in flags:
+        pytest.skip("exported cells once more: --flags slow")
+    child = forks.Process(target=make_a_page, args=(notebook, tmp_path / "printed"))
+    child.start()
+    child.join()
+    assert child.exitcode == 0, (tmp_path / "printed").read_text()

@@ -13,6 +13,7 @@ from data_helpers import one_line
 from helpers import few_shot_toy, gen, toy
 from relkd.catalogue import known_recipes
 from relkd.data import load
+from relkd.distill import Row
 from relkd.plots import distances_figure, episode_figure, plane
 from relkd.ground import digest
 from relkd.records import load_records, make_record, write_record
@@ -141,6 +142,14 @@ def test_what_was_cut_down_stands_in_table_and_figure(tmp_path):
     assert {line["cut_down"] for line in csv.DictReader((tmp_path / "toy.csv").open())} == {"3 of 5 rows"}
     figure = summary(r, tmp_path)[1]
     assert "cut down: 3 of 5 rows" in " ".join(t.get_text() for t in figure.findobj(lambda t: hasattr(t, "get_text")))
+
+
+def test_a_dollar_in_a_name_is_a_dollar(tmp_path):
+    """The fault: matplotlib took what stands between two of them for a formula, and said so in four lines."""
+    for x in records_of({"$\\frac$": [90., 91.], "a$_b$": [91., 92.]}):
+        write_record(tmp_path, x)
+    r = toy(rows=(Row("$\\frac$"), Row("a$_b$")), title="5 $ and $\\frac$", baseline="$\\frac$")
+    assert list(draw(r, tmp_path).index.get_level_values(1)) == ["$\\frac$", "a$_b$"]
 
 
 # --- what does not belong together

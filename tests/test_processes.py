@@ -1,5 +1,6 @@
 """Several processes do what one would do with the whole batch, batch norms included, whatever the task;
 every process ends with the same."""
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -154,3 +155,44 @@ def test_one_process_changes_nothing():
     whole.load_state_dict(net.state_dict())
     whole.bn.__class__ = WholeBatchNorm2d
     assert whole(x).equal(net(x)) and same(whole.bn, net.bn)
+
+
+FROZEN = """
+import datetime, os, signal, sys
+sys.path.insert(0, sys.argv[2])
+import relkd.train.session as session
+from helpers import toy
+from relkd.tables.run import run
+from relkd.train import Learner, Schedule, Session
+session.PATIENCE = datetime.timedelta(seconds=4)
+steps, real = [], Learner.step
+
+def step(self, *a):
+    steps.append(1)
+    if os.environ["RANK"] == "1" and len(steps) == 3:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return real(self, *a)
+
+Learner.step = step
+run(toy(schedule=Schedule(9, 24, .05), teacher_schedule=Schedule(1, 48, .05)), Session(sys.argv[1], "cpu"))
+"""
+
+
+def test_a_frozen_process_is_waited_for_so_long_and_no_longer(tmp_path, relkd_env, request):
+    """The fault: the others waited for half an hour, gloo's own patience."""
+    if "slow" not in request.config.getoption("--flags"):
+        pytest.skip("two processes that import everything: --flags slow")
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    told = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "TORCHELASTIC_RUN_ID": "test", "GLOO_SOCKET_IFNAME": "lo"}
+    ranks = [subprocess.Popen([sys.executable, "-c", FROZEN, tmp_path, HERE], stderr=subprocess.PIPE, text=True,
+                              env=relkd_env | told | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)]
+    try:
+        error = ranks[0].communicate(timeout=200)[1]
+    finally:
+        for p in ranks:
+            p.kill()
+            p.wait()
+    assert ranks[0].returncode == 1 and "imed out" in error

@@ -77,6 +77,6 @@ def test_limits_are_those_of_a_machine():
     assert .1 < limits["copy_GB_s"] < 1e4 and 1e-4 < limits["product_Tmac_s"] < 100
 
 
-def test_the_command(tmp_path, relkd_cli):
-    done = relkd_cli("profile", "digits", "--steps", "1", "--out", tmp_path, "--device", "cpu")
-    assert done.returncode == 0 and "HKD + RKD-DA" in done.stdout and (tmp_path / "records/bench/profile-digits-cpu.json").exists()
+def test_the_command(tmp_path, typed):
+    code, said, _ = typed("profile", "digits", "--steps", "1", "--out", tmp_path, "--device", "cpu")
+    assert code == 0 and "HKD + RKD-DA" in said and (tmp_path / "records/bench/profile-digits-cpu.json").exists()

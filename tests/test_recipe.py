@@ -132,11 +132,14 @@ def test_a_description_tells_things_apart_and_does_not_depend_on_where_they_lie(
 
 
 def test_functions_without_source_text_are_told_apart_too():
-    code = ("from relkd.tables.recipe import described; print(*(described(eval(t))['source'] for t in ('lambda s: "
-            "s + 1', 'lambda s: s + 2', 'lambda s: s.a', 'lambda s: s.b', 'lambda s: [i + 1 for i in s]', 'lambda s: "
-            "[i + 2 for i in s]')))")
-    a, b = (subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(2))
-    assert a == b and len(set(a)) == 6
+    from relkd.tables.described import described
+
+    texts = ["lambda s: s + 1", "lambda s: s + 2", "lambda s: s.a", "lambda s: s.b", "lambda s: [i + 1 for i in s]",
+             "lambda s: [i + 2 for i in s]"]
+    code = f"from relkd.tables.described import described; print(*(described(eval(t))['source'] for t in {texts}))"
+    there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    here = [described(eval(t))["source"] for t in texts]
+    assert here == there and len(set(here)) == 6
 
 
 # --- recipes that are there

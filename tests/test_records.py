@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from data_helpers import one_line
+from relkd.bench.measure import load_benchmarks
 from relkd.ground import digest
-from relkd.records import (VERSION, cell_name, environment, load_records, make_record, read_record, record_path,
+from relkd.records import (VERSION, _commit, cell_name, environment, load_records, make_record, read_record, record_path,
                            to_tensorboard, upgraded, write_record)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +34,8 @@ def test_what_is_written_is_read(tmp_path):
     for r in (record(), few_shot_record()):
         path = write_record(tmp_path, r)
         assert path == record_path(tmp_path, r) and read_record(path) == r and r["version"] == VERSION
-        assert json.loads(path.read_text()) == r and not path.read_text().count('"epochs": [\n {')
+        written = json.loads(path.read_text())
+        assert written.pop("content") == digest(r) and written == r and not path.read_text().count('"epochs": [\n {')
     assert load_records(tmp_path, "t") == [record(), few_shot_record()]
     assert [p.name for p in sorted(tmp_path.glob("records/t/*"))] == ["hkd-seed0.json", "rkd-d-1-shot-seed0.json"]
     assert cell_name("A + B", {"shot": 5, "size": 64}, 3) == "a+b-5-shot-64-size-seed3"
@@ -99,12 +101,40 @@ def test_a_record_that_contradicts_itself_is_named(tmp_path, damage, said):
     one_line(lambda: load_records(tmp_path, "t"), f"record {path} was changed after it was written", said)
 
 
+def test_any_change_of_a_record_is_told(tmp_path):
+    """The fault: another figure of one epoch, another name of a row, and the table was another without a word."""
+    path = write_record(tmp_path, record())
+    text = path.read_text()
+    for old, new in (('"loss": 2.0', '"loss": 3.0'), ('"row": "HKD"', '"row": "HKE"'), ('"seconds": 1.0', '"seconds": 2.0')):
+        assert text.count(old) == 1
+        path.write_text(text.replace(old, new))
+        one_line(lambda: read_record(path), "was changed after it was written (its content is another)")
+
+
+@pytest.mark.parametrize("field, value", [
+    ("row", "\x1b[2Jrow"), ("row", "a\nb"), ("row", ""), ("row", "x" * 300), ("best", "90"), ("last", float("nan")), ("last", 1e300),
+    ("epochs", [3]), ("epochs", [{"epoch": 1, "loss": "2"}]), ("tests", {"top-1": None}), ("variant", {"shot": [1]}),
+    ("seed", "/../../../escaped"), ("headline", "\u202etop-1"),
+])
+def test_a_record_of_another_form_is_damaged(tmp_path, field, value):
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps(record() | {field: value}))
+    one_line(lambda: read_record(path), f"record {path} is damaged")
+
+
+def test_a_recipe_of_a_record_does_not_lead_out_of_its_folder(tmp_path):
+    one_line(lambda: write_record(tmp_path / "out", record(recipe="../../escaped")), "is no way out of its folder")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_place_in_a_record_is_no_path():
     assert "/" not in cell_name("../row", {"../../x": "/etc"}, 0)
 
 
 def test_missing_records_and_a_folder_in_the_place_of_one(tmp_path):
     one_line(lambda: load_records(tmp_path, "t"), f"no records of 't' in {tmp_path}/records/t: run the recipe first")
+    one_line(lambda: load_records(tmp_path / "figures", "t"), "there is no such folder: the committed ones lie in the repository")
+    one_line(lambda: load_benchmarks(tmp_path / "figures"), "there is no such folder: the committed ones lie in the repository")
     (tmp_path / "records/t/x.json").mkdir(parents=True)
     one_line(lambda: load_records(tmp_path, "t"), "x.json is damaged (IsADirectoryError")
 
@@ -113,16 +143,16 @@ def test_the_environment_is_of_the_start_and_needs_no_git(monkeypatch):
     def no_git(*a, **k):
         raise FileNotFoundError("git")
 
-    environment.cache_clear()
+    _commit.cache_clear()
     monkeypatch.setenv("RELKD_COMMIT", "given")
     assert environment(CPU)["commit"] == "given"
     monkeypatch.delenv("RELKD_COMMIT")
     assert environment(CPU)["commit"] == "given", "asked once"
-    environment.cache_clear()
+    _commit.cache_clear()
     monkeypatch.setattr(subprocess, "run", no_git)
     found = environment(CPU)
     assert found["commit"] is None and found["versions"]["torch"] == torch.__version__ and "CPU" in found["device"]
-    environment.cache_clear()
+    _commit.cache_clear()
 
 
 def test_event_files_call_a_validation_what_it_is(tmp_path, monkeypatch):

@@ -129,3 +129,18 @@ def test_without_an_environment_a_merge_keeps_both_sides(tmp_path):
     assert git("merge", "theirs").returncode == 1
     merged = (tmp_path / "a.ipynb").read_text()
     assert "ours" in merged and "theirs" in merged and "<<<<<<<" in merged
+
+
+def test_a_dev_container_makes_what_a_reader_makes():
+    """Codespaces and editors read it; here it is read as they read it."""
+    import json
+    import re
+
+    said = json.loads((ROOT / ".devcontainer" / "devcontainer.json").read_text(encoding="utf-8"))
+    version = re.fullmatch(r"python:3\.(\d+)-\w+", said["image"])
+    targets = re.findall(r"^([a-z-]+):.*##", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M)
+    command, target = said["postCreateCommand"].split()
+    assert version and 10 <= int(version[1]) and command == "make" and target in targets and "lab" in targets
+    assert said["forwardPorts"] == [8888] and [*said["portsAttributes"]] == ["8888"]         # JupyterLab's own
+    interpreter = said["customizations"]["vscode"]["settings"]["python.defaultInterpreterPath"]
+    assert interpreter == "${containerWorkspaceFolder}/.venv/bin/python"

@@ -249,7 +249,7 @@ def test_bf16_autocast_trains_and_relations_stay_in_float32():
 
 @pytest.mark.parametrize("name", ["cifar100/paper", "cifar100/crd-vgg"])
 def test_every_row_of_a_cifar_recipe_takes_a_step(name, flags):
-    if name == "cifar100/crd-vgg" and "slow" not in flags:
+    if "slow" not in flags:
         pytest.skip("the step of every one of its rows is rehearsed: --flags slow")
     g = torch.Generator().manual_seed(0)
     x, y = torch.randint(256, (24, 3, 32, 32), generator=g, dtype=torch.uint8), torch.arange(24) % 10

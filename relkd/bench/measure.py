@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..ground import write_atomically
-from ..records import environment
+from ..records import elsewhere, environment
 
 # %% ../../nbs/lab/41_bench.ipynb #fdf13c19
 def wait():
@@ -120,5 +120,6 @@ def load_benchmarks(
     found = sorted(folder.glob(f'{what}-cpu.json')) + sorted(folder.glob(f'{what}-cuda.json'))
     if not found:
         made = {'angle': 'bench', 'others': 'bench', 'precision': 'bench precision'}.get(what, 'profile')
-        raise ValueError(f"no records of benchmark {what!r} in {folder}: make them with `relkd {made}`")
+        raise ValueError(f"no records of benchmark {what!r} in {folder}: make them with `relkd {made}`"
+                         f"{elsewhere(out)}")
     return [json.loads(p.read_text(encoding='utf-8')) for p in found]

@@ -58,6 +58,8 @@ def read_npy(
     fits,      # function of the array: does it?
 ) -> np.ndarray: # mapped into memory
     "One array. Raises ValueError naming the file if it is not whole or holds something else."
+    if os.path.exists(path) and not os.path.isfile(path):      # a pipe would be waited for
+        raise ValueError(f"{path} is no file: remove what lies there, and make it again")
     try: a = np.lib.format.open_memmap(path, mode='c')
     except Exception as error:                          # a damaged header raises anything
         if 'Python objects' in str(error):

@@ -23,7 +23,7 @@ from .photos import CARS196, CUB200, SOP
 from .sets import Dataset
 from .source import data_root
 from .tinyimagenet import TINYIMAGENET
-from ..ground import nearest, write_atomically
+from ..ground import digest, nearest, write_atomically
 
 # %% ../../nbs/data/13_catalogue.ipynb #11d3fcf2
 SOURCES = {s.name: s
@@ -71,19 +71,23 @@ def fetch(
     source, root = _source(name, data_root(root))
     if not source.place(root):
         if not source.get: raise ValueError(f"{name} cannot be downloaded; {source.how}, in {root / name}")
-        source.get(root, progress)
+        try: source.get(root, progress)
+        except ValueError as error:
+            places = ' or '.join(p[0] for p in source.places)
+            raise ValueError(f"{error}; what is read there: {places}") from error
     return source(root)
 
 # %% ../../nbs/data/13_catalogue.ipynb #5083f3ae
 def _stamp(path): # what changes when a file, or a file in a folder, does
     files = [path] if path.is_file() else [p for p in path.rglob('*') if p.is_file()]
     stats = [p.stat() for p in files]
-    return [len(stats), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
+    latest = (max((getattr(s, t) for s in stats), default=0) for t in ('st_mtime_ns', 'st_ctime_ns'))
+    return [len(stats), sum(s.st_size for s in stats), *latest]    # the second time cannot be set back
 
 def _state(source, root): # what changes when the data do; None if they are not there
     if not (place := source.place(root)): return None
     files = [[f, *_stamp(root / f)] for f in place[1]]
-    return [2, __version__, *files] if files else [2, __version__, importlib.metadata.version('scikit-learn')]
+    return [3, __version__, *files] if files else [3, __version__, importlib.metadata.version('scikit-learn')]
 
 def _entry(name, source, root):
     try: data = source(root)
@@ -101,9 +105,14 @@ def _is_entry(e, name): # of the form that `_entry` gives: somebody may have edi
 
 def _kept(path): # of the last time
     try: known = json.loads(path.read_text(encoding='utf-8-sig'))
-    except (OSError, ValueError): return {}
+    except (OSError, ValueError, RecursionError): return {}
     return known if isinstance(known, dict) else {}
 
+def _good(old, state, name): # is this what was found the last time, unchanged since?
+    known = isinstance(old, dict) and old.get('state') == state and _is_entry(old.get('entry'), name)
+    return known and old.get('digest') == digest([state, old['entry']])
+
+# %% ../../nbs/data/13_catalogue.ipynb #f4c10506
 def inventory(
     root=None, # as data_root takes it
 ) -> list: # of dicts: name, by_class, counts, shape, classes, fingerprint; or name and error
@@ -115,12 +124,12 @@ def inventory(
         source, _ = _source(name, root)
         if not (state := _state(source, root)): continue
         old = known.get(name)
-        if isinstance(old, dict) and old.get('state') == state and _is_entry(old.get('entry'), name):
+        if _good(old, state, name):
             new[name] = old
         else:
             entry = _entry(name, source, root)
-            # reading may have made arrays of an archive
-            new[name] = {'state': _state(source, root), 'entry': entry}
+            state = _state(source, root)      # reading may have made arrays of an archive
+            new[name] = {'state': state, 'entry': entry, 'digest': digest([state, entry])}
     if new != known and root.is_dir():
         try: write_atomically(root / 'inventory.json', json.dumps(new, indent=1).encode())
         except ValueError: pass                         # a folder that is read only: read again next time

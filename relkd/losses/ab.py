@@ -154,7 +154,7 @@ class AB(PreActivationLoss):
         self.margin = margin
 
     def distance(self, s, t, k):
-        sign = (t > 0).to(s.dtype) * 2 - 1
+        sign = torch.where(t.isnan(), t, (t > 0).to(s.dtype) * 2 - 1)
         return (self.margin - s * sign).relu().square().sum()
 
     def extra_repr(self): return f'margin={self.margin:g}, {super().extra_repr()}'

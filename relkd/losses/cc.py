@@ -11,7 +11,7 @@ import math
 import torch
 
 from .contract import DistillationLoss, as_pair, finite
-from ..relations import as_points, full_precision, pdist
+from ..relations import as_points, full_precision, pdist, power_of_two
 
 # %% ../../nbs/losses/05_cc.ipynb #c4413f8f
 def correlation(
@@ -20,7 +20,7 @@ def correlation(
     gamma:float=.4,        # of the Gaussian kernel exp(-gamma |x - y|^2)
     order=2,               # of its Taylor series in the cosine; None: the exact kernel
     normalise:bool=True,   # embeddings to length 1, which the series takes for granted
-    eps:float=1e-5,        # an embedding of this length or less has no direction
+    eps:float=1e-5,        # an embedding no longer than this, or this share of a batch below 1: no direction
 ) -> torch.Tensor: # (N, N), symmetric, float32 at least
     """The correlation of every two samples of a batch (Peng et al. 2019).
     Raises ValueError unless (N, D), and on an option that makes no sense."""
@@ -32,8 +32,11 @@ def correlation(
                          f"got order = {order}")
     e = as_points(e)
     if normalise:
+        size = power_of_two(e.abs().amax(1, keepdim=True))
+        e = e / size                              # cancels
         length = torch.linalg.vector_norm(e, dim=1, keepdim=True)
-        e = e * length.masked_fill(length <= eps, float('inf')).reciprocal()
+        silent = length * size <= eps * size.amax().clamp(max=1)
+        e = e * length.masked_fill(silent, float('inf')).reciprocal()
     if kernel == 'mmd': return pdist(e)
     if kernel == 'gaussian' and order is None and not normalise:
         return (-gamma * pdist(e, squared=True)).exp()

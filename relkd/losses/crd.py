@@ -14,10 +14,11 @@ import torch.nn.functional as F
 
 from .contract import DistillationLoss, as_pair, beside, finite, known_gradient, traced
 from .state import Remembering, kept_finite, of_all, repeated
-from ..relations import full_precision
+from ..relations import full_precision, power_of_two
 
 # %% ../../nbs/losses/12_crd.ipynb #d16ceeb3
 def _unit(v):
+    v = v / power_of_two(v.abs().amax(1, keepdim=True).clamp(min=1))    # cancels: no square overflows
     length = v.norm(dim=1, keepdim=True)
     # shorter ones have no direction, hence no gradient
     return v / length.masked_fill(length <= 1e-3, float('inf'))
@@ -75,7 +76,7 @@ def _numbers(name, shape, index, s, samples):
         given = (f"{tuple(index.shape)}, {index.dtype}"
                  if isinstance(index, torch.Tensor) else type(index).__name__)
         raise ValueError(f"CRD needs {name}= of shape {shape}, int64, with N = {s.shape[0]}: "
-                         f"numbers of training samples; got {given}")
+                         f"indices of training samples; got {given}")
     if index.device.type == 'cpu' and not traced(index):
         if not 0 <= index.min() <= index.max() < samples:
             raise ValueError(f"CRD remembers {samples} samples; got {name}= from {index.min()} to "

@@ -12,7 +12,7 @@ from torch import nn
 from .at import attention
 from .contract import DistillationLoss, as_map_pairs, beside, finite
 from .state import BatchNorm2d
-from ..relations import full_precision
+from ..relations import full_precision, power_of_two
 
 # %% ../../nbs/losses/09_ft.ipynb #e80ce986
 def _block(conv, i, o, batchnorm, where):
@@ -60,6 +60,7 @@ def unit_factor(
 ) -> torch.Tensor: # (N, m * H * W), each row of length 1, or 0 throughout
     "The direction of each sample's factor, all channels and positions together (Kim et al. 2018, Sec. 3)."
     f = f.flatten(1)
+    f = f / power_of_two(f.abs().amax(1, keepdim=True).clamp(min=1))    # cancels: no square overflows
     length = f.norm(dim=1, keepdim=True)
     return f / length.masked_fill(length <= eps, float('inf'))
 

@@ -14,6 +14,17 @@ import torch.nn.functional as F
 from .contract import DistillationLoss, finite, without_graph
 from ..relations import full_precision
 
+# %% ../../nbs/losses/01_kd.ipynb #9bb96af8
+@torch.no_grad()
+def _lost(kl, log_q, log_p, never):
+    "What rounding took from the value: its terms p (e^d - 1 - d) are nowhere negative, and lose nothing."
+    d, p = (log_q - log_p).masked_fill(never, math.inf), log_p.exp()
+    near = d < 16                     # beyond, e^d may overflow, and p is next to nothing
+    x = d.masked_fill(~near, 0.)
+    far = log_q.exp() - (p * (1 + d)).masked_fill(never, 0.)
+    terms = torch.where(near, p * (x.expm1() - x).clamp(min=0), far)
+    return (terms.sum() / len(terms) - kl).nan_to_num(0., 0., 0.)
+
 # %% ../../nbs/losses/01_kd.ipynb #6044967c
 class KD(DistillationLoss):
     """Kullback-Leibler divergence of the softened class probabilities, times T^2
@@ -46,7 +57,8 @@ class KD(DistillationLoss):
         with full_precision(student):
             log_q, log_p = F.log_softmax(student / self.T, 1), F.log_softmax(teacher / self.T, 1)
             never = log_p == -math.inf    # 0 log 0 = 0, whatever the student says there
-            log_q, log_p = log_q.masked_fill(never, 0.), log_p.masked_fill(never, 0.)
-            return self.T**2 * F.kl_div(log_q, log_p, reduction='batchmean', log_target=True)
+            kl = F.kl_div(log_q.masked_fill(never, 0.), log_p.masked_fill(never, 0.),
+                          reduction='batchmean', log_target=True)
+            return self.T**2 * (kl + _lost(kl, log_q, log_p, never))
 
     def extra_repr(self): return f'T={self.T}'

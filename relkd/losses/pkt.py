@@ -9,23 +9,25 @@ __all__ = ['conditional_probabilities', 'PKT']
 import torch
 
 from .contract import DistillationLoss, as_pair, finite, known_gradient
-from ..relations import full_precision
+from ..relations import full_precision, power_of_two
 
 # %% ../../nbs/losses/07_pkt.ipynb #8e816206
 def _parts(e, distinct, eps):
     """Directions, lengths (infinite where there is none), kernel, its row sums:
     kernel over sums are the probabilities."""
+    size = power_of_two(e.abs().amax(1, keepdim=True))
+    e = e / size                              # cancels
     length = torch.linalg.vector_norm(e, dim=1, keepdim=True)
-    length = length.masked_fill(length <= eps, float('inf'))
+    length = length.masked_fill(length * size <= eps * size.amax().clamp(max=1), float('inf'))
     unit = e / length
     k = (unit @ unit.t() + 1).clamp(min=2e-8)                 # opposite embeddings: 0, up to rounding
     if distinct: k = k.masked_fill(torch.eye(k.shape[0], dtype=torch.bool, device=k.device), 0)
-    return unit, length, k, k.sum(1, keepdim=True)
+    return unit, length * size, k, k.sum(1, keepdim=True)
 
 def conditional_probabilities(
     e:torch.Tensor,      # (N, D), float32 or float64
     distinct:bool=False, # leave out j = i?
-    eps:float=1e-5,      # an embedding no longer than this has no direction
+    eps:float=1e-5,      # an embedding no longer than this, or this share of a batch below 1: no direction
 ) -> torch.Tensor: # (N, N), `[i, j]` is p(j | i); each row sums to 1
     """Cosine of every pair, moved to [0, 1] and divided by the sum of its row
     (Passalis & Tefas 2018, cosine kernel)."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from .angle import Sides, angle_loss, sides
 from .contract import DistillationLoss, as_pair, finite
-from ..relations import pdist
+from ..relations import pdist, spread
 
 # %% ../../nbs/losses/00_rkd.ipynb #7086557d
 def _pair(student, teacher, loss, numbers=1):
@@ -45,8 +45,9 @@ class RKDDistance(_OfSides):
         student, teacher = _pair(student, teacher, 'RKDDistance')
         n = student.shape[0]
         def relative(d): return d / (d.sum() / (n * (n - 1)))
-        known = teacher.q.sqrt().to(student.dtype) if isinstance(teacher, Sides) else pdist(teacher)
-        loss = F.smooth_l1_loss(relative(pdist(student)), relative(known))
+        def distances(e): return pdist(e / spread(e))    # the factor cancels in `relative`
+        known = teacher.q.sqrt().to(student.dtype) if isinstance(teacher, Sides) else distances(teacher)
+        loss = F.smooth_l1_loss(relative(distances(student)), relative(known))
         return loss * (n / (n - 1)) if self.distinct else loss
 
     def extra_repr(self): return f'distinct={self.distinct}'

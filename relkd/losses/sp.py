@@ -9,15 +9,15 @@ __all__ = ['similarities', 'SP']
 import torch
 
 from .contract import DistillationLoss, as_pair, known_gradient
-from ..relations import full_precision
+from ..relations import full_precision, power_of_two
 
 # %% ../../nbs/losses/04_sp.ipynb #7acc1f72
 def _normalised(gram, norm, eps):
     """Gram matrices (..., N, N), which are overwritten, over their lengths; these;
     the length of the longest embedding.
-    Lengths are measured in the longest embedding's, and infinite for silent rows."""
+    Lengths are measured in the longest embedding's, and infinite for silent rows, of `eps` or less."""
     # the largest entry stands on the diagonal; it cancels below, its gradient too
-    longest = gram.detach().amax((-2, -1), keepdim=True).sqrt_().clamp_(min=eps)
+    longest = gram.detach().amax((-2, -1), keepdim=True).sqrt_().clamp_(min=1e-5)
     length = torch.linalg.vector_norm(gram.div_(longest), dim=-1 if norm == 'row' else (-2, -1), keepdim=True)
     length = length.masked_fill(length <= eps, float('inf'))
     return gram / length, length, longest
@@ -25,10 +25,12 @@ def _normalised(gram, norm, eps):
 def similarities(
     e:torch.Tensor,    # (N, D), float32 or float64
     norm:str='row',    # 'row': each row of the Gram matrix has length 1; 'global': the whole matrix has
-    eps:float=1e-5,    # a row no longer than this share of the longest embedding is similar to nothing
+    eps:float=1e-5,    # a row no longer than this, or this share of a batch below 1, is similar to nothing
 ) -> torch.Tensor: # (N, N), rows of length 1 or 0 throughout; or a matrix of norm 1 or 0 throughout
     "The Gram matrix of a batch, normalised (Tung & Mori 2019, row-wise)."
-    return _normalised(e @ e.t(), norm, eps)[0]
+    size = power_of_two(e.abs().amax())
+    e = e / size                              # cancels
+    return _normalised(e @ e.t(), norm, eps / size.clamp(min=1))[0]
 
 # %% ../../nbs/losses/04_sp.ipynb #719ff692
 def _gap(s, t, norm):
@@ -37,13 +39,16 @@ def _gap(s, t, norm):
     dtype, over = torch.promote_types(s.dtype, t.dtype), -1 if norm == 'row' else (-2, -1)
     with full_precision(s), torch.no_grad():
         x, y = s.detach().to(dtype), t.to(dtype)
-        tables, length, longest = _normalised(torch.stack([x @ x.t(), y @ y.t()]), norm, 1e-5)
+        size = torch.stack([power_of_two(e.abs().amax()) for e in (x, y)])
+        x, y = x / size[0], y / size[1]
+        least = 1e-5 / size.clamp(min=1)[:, None, None]
+        tables, length, longest = _normalised(torch.stack([x @ x.t(), y @ y.t()]), norm, least)
         P, Q = tables.unbind()
         gap = P - Q
         loss = gap.square().mean()
         A = torch.addcmul(gap, P, (P * gap).sum(over, keepdim=True),
                           value=-1).div_(length[0] * (gap.numel() / 2))
-        return loss, ((A + A.t()) @ (x / longest[0])).to(s.dtype)
+        return loss, ((A + A.t()) @ (x / longest[0]) / size[0]).to(s.dtype)
 
 # %% ../../nbs/losses/04_sp.ipynb #4e94514b
 class SP(DistillationLoss):

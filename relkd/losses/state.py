@@ -92,6 +92,7 @@ class BatchNorm2d(Remembering, nn.BatchNorm2d):
         mean, var = (v.to(dtype, copy=True) for v in (self.running_mean, self.running_var))
         counts, training = self.counts(), self.training
         y = F.batch_norm(x, mean, var, weight, bias, training, self.momentum if training else 0., self.eps)
+        if training: y = y + (0 * var)[:, None, None]    # NaN where a variance left the numbers
         if counts:
             self._remember(*((mean, var) if self.alone() else self._whole(x.detach())))
         return y

@@ -16,6 +16,7 @@ from torch import nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..docs import described
 from ..ground import nearest
 from ..heads import CosineLinear
 from ..modes import evaluating
@@ -450,6 +451,7 @@ def _own(build, classes, channels):
     return net
 
 # %% ../../nbs/lab/01_models.ipynb #f57eceb5
+@described
 def create(
     name,           # 'resnet20', 'resnet8x4', ..., or a function (classes, channels) -> nn.Module of your own
     classes:int,        # outputs; None or 0: no classifier, the output is the embedding

@@ -146,7 +146,8 @@ def manifest(
 ) -> dict: # network, classes, channels, parts, about. Raises ValueError for a wrong name or manifest
     "What is known of published weights: how they were made, how good they are, what to feed them."
     folder = _folder(folder)
-    files = [p for p in sorted(folder.glob('**/*.json')) if not p.name.startswith('._')] # ._x is a Mac's
+    # ._x is a Mac's
+    files = [p for p in sorted(folder.glob('**/*.json')) if p.is_file() and not p.name.startswith('._')]
     known = {p.relative_to(folder).as_posix()[:-5]: p for p in files}
     if name not in known or _foreign(known[name]):
         published = [n for n, p in known.items() if b'"parts"' in p.read_bytes()]
@@ -162,9 +163,10 @@ def manifest(
         if (type(m['network']) is not str or type(m['channels']) is not int
             or type(m['classes']) not in (int, type(None))):
             raise TypeError('network is a name, classes and channels are numbers')
-        for p in m['parts']:
-            p['name'], p['bytes'], p['sha256']
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        parts = [(type(p['name']), type(p['bytes']), type(p['sha256'])) for p in m['parts']]
+        if set(parts) - {(str, int, str)} or type(m.get('options', {})) is not dict:
+            raise TypeError('parts have names, sizes and hashes, options have names')
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"the manifest {name}.json is not readable ({type(error).__name__}: {error}): "
                          "get it again, or publish the network again") from None
     return m
@@ -174,8 +176,10 @@ def _part(path, p):
     """The bytes of a part, also under a browser's name for a second download: 'resnet8-0
     (1).safetensors'; None without one."""
     try:
-        return path.read_bytes()
-    except OSError:
+        if path.is_file():                                     # a pipe would be waited for
+            return path.read_bytes()
+        raise FileNotFoundError
+    except (OSError, ValueError):
         alike = [f for f in path.parent.glob('*.safetensors') if f.stat().st_size == p['bytes']]
         return next((c for f in alike if hashlib.sha256(c := f.read_bytes()).hexdigest() == p['sha256']),
                     None)
@@ -189,6 +193,27 @@ def _of_file(path, network, classes, renames):
                          f"by names and shapes it is {fits}")
     outputs, channels = outside(found)
     return load_into(create(network, classes or outputs, channels), path, renames=renames)
+
+# %% ../../nbs/lab/01_published.ipynb #287b272c
+def _filled(m, tensors, name, again):
+    "The network that a manifest names, with these tensors."
+    build = partial(create, m['network'], m['classes'], m['channels'], **m.get('options', {}))
+    try:
+        with torch.device('meta'):                 # takes no memory, whatever the manifest asks for
+            due = build().state_dict()
+    except (TypeError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"the manifest {name}.json names a network that cannot be made "
+                         f"({str(error).splitlines()[0]}): {again}") from None
+    if wrong := misfit(tensors, due):
+        asked = _is(m['network'], m['classes'], m['channels'])
+        raise ValueError(f"the weights of {name} do not fit {asked} ({wrong}): publish the network again")
+    if lost := next((n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()),
+                    None):
+        raise ValueError(f"the weights of {name} are of a network that diverged ({lost} is not finite): "
+                         "get another")
+    net = build()
+    net.load_state_dict(tensors)
+    return net.eval()
 
 # %% ../../nbs/lab/01_published.ipynb #new-load
 def load(
@@ -220,15 +245,4 @@ def load(
         except SafetensorError as error:
             raise ValueError(f"part {p['name']} of {name} is no safetensors file ({error}): "
                              "publish the network again") from None
-    build = partial(create, m['network'], m['classes'], m['channels'], **m.get('options', {}))
-    with torch.device('meta'): due = build().state_dict()  # takes no memory, whatever the manifest asks for
-    if wrong := misfit(tensors, due):
-        asked = _is(m['network'], m['classes'], m['channels'])
-        raise ValueError(f"the weights of {name} do not fit {asked} ({wrong}): publish the network again")
-    if lost := next((n for n, t in tensors.items() if t.is_floating_point() and not t.isfinite().all()),
-                    None):
-        raise ValueError(f"the weights of {name} are of a network that diverged ({lost} is not finite): "
-                         "get another")
-    net = build()
-    net.load_state_dict(tensors)
-    return net.eval()
+    return _filled(m, tensors, name, again)

@@ -6,6 +6,7 @@
 __all__ = ['run', 'trained']
 
 # %% ../../nbs/lab/32_run.ipynb #d51d52af
+import warnings
 from contextlib import nullcontext
 
 from torch import nn
@@ -15,8 +16,8 @@ from ..distill import Row
 from ..ground import check_writable, digest, teacher_seed
 from ..models import create, weights_hash
 from ..models.weights import start_from
-from ..records import environment, make_record, write_record
-from .experiment import Experiment, cell, clear_orphans, of_earlier_version, refuse_others
+from ..records import environment, make_record, write_record, wrong_fields
+from .experiment import Experiment, cell, clear_orphans, of_earlier_version, parts, refuse_others
 import relkd.tables.recipe as recipes
 from .recipe import Recipe
 from .teacher import as_teacher, begun, compare, fed, given_to, taken
@@ -26,10 +27,30 @@ from ..train.processes import asked_by_any
 from ..train.session import Saver, Session, Stopped
 
 # %% ../../nbs/lab/32_run.ipynb #1d46a33d
+def _of_a_cell(saved):
+    "Is it a network and its record?"
+    try:
+        return not wrong_fields(saved['record']) and bool(saved['model'].keys())
+    except (KeyError, TypeError, AttributeError):
+        return False
+
+def _fill(net, weights, path):
+    "Weights of a checkpoint. Raises ValueError if they are of another network: the code has changed since."
+    try:
+        net.load_state_dict(weights)
+    except (RuntimeError, AttributeError, TypeError) as error:
+        why = str(error).splitlines()[0]
+        raise ValueError(f"the weights in {path} do not fit this network ({why}): they are of "
+                         "another version of its code; remove them, or name another --out") from None
+
 def _finished(experiment, protocol):
     "The weights of a finished cell, its record taken up; None if it is not finished."
-    saved = load_checkpoint(experiment.path(protocol), digest(protocol))
+    path = experiment.path(protocol)
+    saved = load_checkpoint(path, digest(protocol))
     if saved is None:
+        return None
+    if not _of_a_cell(saved):
+        warnings.warn(f"checkpoint refused: {path.name} does not hold what a finished cell leaves")
         return None
     # a checkpoint does not say where records are written
     record = saved['record'] | cell(experiment, protocol)
@@ -38,6 +59,7 @@ def _finished(experiment, protocol):
     experiment.session.records.append(record)
     return saved['model']
 
+# %% ../../nbs/lab/32_run.ipynb #c29a70ab
 def _finish(experiment, task, protocol, model, epochs, teacher, tests=None, **cost):
     "Test a trained network, and write its record and its checkpoint."
     e = experiment
@@ -67,7 +89,9 @@ def _train(experiment, learners, protocols, asked, schedule, stream, label, teac
         # tests may take long, too; what is tested is kept
         if k and any(asked_by_any(e.fabric, s.stopping())):
             raise Stopped((s.stop and s.stop.why) or 'another process')
-        _finish(e, l.task, p, l.model, l.epochs, of_teacher, seconds=round(seconds, 1),
+        o = l.objective
+        more = {'measured': {str(l.row.all_terms[k]): o.weight(k) for k in o.measured}} if o.measured else {}
+        _finish(e, l.task, p, l.model, l.epochs, of_teacher, **more, seconds=round(seconds, 1),
                 trained_beside=len(learners),
                 images_per_second=round(images / max(seconds, 1e-9), 1))
     if e.fabric.is_global_zero:
@@ -110,9 +134,9 @@ def _teacher(experiment, group):
     task, protocol = group.task.for_teacher(), e.teacher_protocol(group.task, group.stream)
     net = fed(e.network(r.teacher, task, teacher_seed(group.stream)), given_to(r, True), e.data)
     if any(record['run'] == digest(protocol) for record in e.session.records):
-        net.load_state_dict(load_checkpoint(e.path(protocol), digest(protocol))['model'])
+        _fill(net, load_checkpoint(e.path(protocol), digest(protocol))['model'], e.path(protocol))
     elif weights := _finished(e, protocol):
-        net.load_state_dict(weights)
+        _fill(net, weights, e.path(protocol))
     elif r.teacher_weights:
         tests = _given(e, group, task, net)
         _finish(e, task, protocol, net, [], None, tests, seconds=0., trained_beside=0, images_per_second=0.)
@@ -147,6 +171,7 @@ def _students(experiment, group, teacher):
 def run(
     recipe:Recipe,
     session:Session=None, # by default records go to figures/, on a GPU if there is one
+    part:int=None,        # number among `parts`, which runs beside others; by default all of them
 ) -> list: # records of all its cells, those found finished included
     """Run what is missing of a recipe. Raises ValueError before any training for what cannot be,
     and Stopped at a checkpoint."""
@@ -156,18 +181,21 @@ def run(
     for which in recipe.starts:
         _begin(e, which, [])                      # what is wrong with a file is said now
     environment(e.fabric.device)                  # as it is now: code on disk may change under a long run
-    with hold(e.folder) if e.fabric.is_global_zero else nullcontext():
+    groups = e.groups() if part is None else [parts(recipe)[part][0]]
+    alone = part is None and e.fabric.is_global_zero  # else somebody may be writing what looks left over
+    name = '' if part is None else groups[0].label
+    with (hold(e.folder, name) if e.fabric.is_global_zero else nullcontext()), session.at_work(e.products):
         if not session.replace:
             refuse_others(e)
-        if e.fabric.is_global_zero:
+        if alone:
             for path in of_earlier_version(e):
                 drop_checkpoint(path)
             clear_orphans(e)
-        for group in e.groups():
+        for group in groups:
             teacher = _teacher(e, group)
-            if recipe.rows:
+            if recipe.rows and group.seeds:
                 _students(e, group, teacher)
-        if e.fabric.is_global_zero:
+        if alone:
             clear_orphans(e)
     return session.records
 
@@ -193,7 +221,7 @@ def trained(
             learns = next((r.learns for r in recipe.rows if r.name == row), lambda task: task.for_teacher())
             of, task = (recipe.teacher if row == 'Teacher' else recipe.student), learns(task)
             net = create(of, task.outputs(e.data), e.data.channels)
-            net.load_state_dict(saved['model'])
+            _fill(net, saved['model'], e.path(protocol))
             return fed(net, given_to(recipe, row == 'Teacher'), e.data).eval()
     raise ValueError(f"no finished run of row {row!r}, seed "
                      f"{seed}{''.join(f', {k} {v}' for k, v in variant.items())} in {e.folder}: run "

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..distill import Look
+from ..distill import Look, measure
 from ..features import Features
 from ..ground import stage_stream
 from ..modes import evaluating, learning
@@ -64,6 +64,23 @@ class _Looking:
         "The teacher's look at a batch."
         return Look(gathered(self.fabric, self._features(x)), self.task)
 
+# %% ../../nbs/lab/14_fit.ipynb #f3b81df5
+def _measure(learners, teacher, stream, fabric):
+    "Weights that a row wants measured, on the first batches; all processes take those of the first."
+    for l in learners:
+        o = l.objective
+        most = max((o.row.all_terms[k].weight.batches for k in o.measured), default=0)
+        if most:
+            batches = [b for _, b in zip(range(most), stream.epoch(0))]
+            measure(o, l.model, teacher, batches, stream.labels, l.seed)
+        for k in o.measured if fabric.world_size > 1 else ():
+            o.set_weight(k, fabric.broadcast(o.weight(k)))
+
+def _say_measured(learners):
+    for l in learners:
+        for k in l.objective.measured:
+            print(f'{l.row.name}, seed {l.seed}: {l.row.all_terms[k]} weighs {l.objective.weight(k):.4g}')
+
 # %% ../../nbs/lab/14_fit.ipynb #c3b73bc8
 class _Ready(_Looking):
     """Learners that know their shapes and their share of the work.
@@ -84,6 +101,7 @@ class _Ready(_Looking):
         for l in learners:
             l.build(example, Look(features), stream.labels)
             l.split(fabric.global_rank, fabric.world_size)
+        _measure(learners, teacher, stream, fabric)
 
 # %% ../../nbs/lab/14_fit.ipynb #ea5c7764
 class Together(_Ready):
@@ -204,6 +222,8 @@ def fit(
     side_by_side, course = Together(learners, stream, teacher, fabric), moments(learners, epochs)
     walk = _Walk(learners, names, session, fabric, saver)
     todo, hidden = course[walk.at:], not session.progress or not fabric.is_global_zero
+    if not hidden:
+        _say_measured(learners)
     bar = tqdm(total=len(course), initial=walk.at, desc=label, unit='epoch', disable=hidden, file=Stdout(),
                ascii=' #', ncols=96,
                mininterval=.5)

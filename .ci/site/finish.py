@@ -1,0 +1,149 @@
+"""What Sphinx does not do: two languages, the bar above each page, alternative texts, the search in both languages.
+
+`python .ci/site/finish.py _docs`, with the site's own environment, after sphinx-build."""
+import asyncio
+import json
+import shutil
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import lxml.html
+from languages import said, split, visit
+
+HEAD = '<script src="{root}_static/language.js"></script>', '<link rel="icon" href="{root}_static/icon.svg">'
+FLAGS = {"slow": ("take over 20 seconds", "要二十秒以上"), "cuda": ("need a GPU", "需要GPU"), "clients": ("need the page's library", "需要本页所讲的库")}
+
+FURO = {"Previous": "上一页", "Next": "下一页", "Home": "首页", "Back to top": "回到顶部"}
+DOWNLOADED = ("The downloaded notebook begins with this cell. Data that is not there is named, with the command that gets it.",
+              "下载的笔记本以这个单元开头。缺少数据时，会说明缺什么、用哪条命令取得。")
+
+
+def element(tag, attributes):
+    e = lxml.html.Element(tag)
+    for k, v in attributes.items():
+        e.set(k, v)
+    return e
+
+
+def both(en, zh):
+    return f'<span class="only-en" lang="en">{en}</span><span class="cut"> · </span><span class="only-zh" lang="zh-CN">{zh}</span>'
+
+
+def bar(about, root, play):
+    "What stands above a page: the languages, the search, and what one can do with a notebook."
+    parts = ['<span class="languages" role="group" aria-label="language · 语言"><button data-to="zh" lang="zh-CN">中文</button>'
+             '<button data-to="en" lang="en">English</button><button data-to="both">both · 双语</button></span>',
+             f'<button class="find">{both("search", "搜索")} <kbd>/</kbd></button>']
+    if about:
+        parts.append(f'<a href="{root}{about["download"]}" download>{both("download", "下载")}</a>')
+        flags = [(n, FLAGS[f]) for f, n in about["needs"].items()]
+        needs = "; ".join(f"{n} {en}" for n, (en, _) in flags), "；".join(f"{n}个单元{zh}" for n, (_, zh) in flags)
+        needs = both("Every cell runs without a GPU.", "所有单元都不需要GPU。") if not flags else both(
+            f"Of its cells {needs[0]}.", f"其中{needs[1]}。")
+        parts.append(
+            f'<details class="colab"><summary>Colab</summary><div>'
+            f'<p><a href="{about["colab"]}" rel="noopener">{both("open in Colab", "在Colab中打开")}</a></p>'
+            f'<p>{both("First run this there:", "在那里先运行：")}</p><div class="highlight"><pre>{about["install"]}</pre></div><p>{needs}</p>'
+            f'<p>{both(*DOWNLOADED)}</p></div></details>')
+        if "api" in about:
+            parts.append(f'<a href="{root}{about["api"]}">{both("reference", "参考")}</a>')
+        if play:
+            parts.append(f'<a href="#{play[0]}">{both("playground", "动手玩")}</a>')
+    return lxml.html.fragment_fromstring(f'<nav class="bar" aria-label="page">{"".join(parts)}</nav>')
+
+
+def describe(article):
+    "Alternative texts: a figure is of what the prose above it says."
+    before = ""
+    for e in article.iter():
+        if e.tag in ("h1", "h2", "h3", "p") and not any("cell_output" in (a.get("class") or "") for a in e.iterancestors()):
+            before = " ".join(said(e).split()) or before
+        elif e.tag == "img":
+            e.set("loading", "lazy")
+            if not e.get("alt") or "_images" in e.get("alt") or e.get("alt").startswith(".."):
+                e.set("alt", f"Figure: {before[:160]}")
+
+
+def one_language(article, lang):
+    "A copy of the article with the blocks of one language and those of none, without outputs."
+    other = "en" if lang == "zh" else "zh"
+    copy = deepcopy(article)
+    unread = [f'.//*[contains(@class, "{c}")]' for c in (f"only-{other}", "cell_output", "headerlink", "cut", "colon")]
+    for e in copy.xpath(" | ".join([".//nav", *unread])):
+        e.drop_tree()
+    return copy
+
+
+def page(path, out, meta, lonely):
+    root = "../" * (len(path.relative_to(out).parts) - 1)
+    name = path.relative_to(out).with_suffix("").as_posix()
+    doc = lxml.html.fromstring(path.read_text(encoding="utf-8"), parser=lxml.html.HTMLParser(encoding="utf-8"))
+    for k, line in enumerate(HEAD):
+        doc.find("head").insert(k + 1, lxml.html.fragment_fromstring(line.format(root=root)))
+    article = next(iter(doc.xpath('//article[@role="main"]')), None)
+    if article is None:
+        return None
+    links = article.xpath('.//a[contains(@class, "headerlink")]')
+    homes = [(a, a.getparent()) for a in links]
+    for a, _ in homes:
+        a.drop_tree()
+    alone = []
+    visit(article, element, alone)
+    lonely[name] = [(lang, " ".join(said(e).split())) for e, lang in alone]
+    for a, home in homes:
+        a.tail = None
+        home.append(a)
+    for e in doc.xpath('//div[contains(@class, "sidebar-tree")]//a | //div[contains(@class, "sidebar-tree")]//p[@class="caption"]/span'
+                       ' | //div[contains(@class, "toc-tree")]//a | //div[@class="title"]'):
+        split(e, element)
+    for e in doc.xpath('//*[contains(concat(" ", @class, " "), " toc-title ")]'):
+        e.text = "On this page · 本页"
+        split(e, element)
+    for e in doc.xpath('//div[@class="context"]/* | //a[contains(@class, "back-to-top")]/span'):
+        if not len(e) and (chinese := FURO.get((e.text or "").strip())):
+            e.text = f"{e.text.strip()} · {chinese}"
+            split(e, element)
+    describe(article)
+    play = article.xpath('.//section[./div[starts-with(@class, "play-")]]/@id')
+    article.insert(0, bar(meta.get(name), root, play))
+    doc.set("data-root", root)
+    path.write_text("<!doctype html>\n" + lxml.html.tostring(doc, encoding="unicode"), encoding="utf-8")
+    return name, article
+
+
+async def search(out, articles):
+    "Two indexes, one a language; and the words alone, for a folder without a server."
+    from pagefind.index import IndexConfig, PagefindIndex
+    words = {"zh": [], "en": []}
+    async with PagefindIndex(config=IndexConfig(output_path=str(out / "pagefind"))) as index:
+        for name, article in articles:
+            for lang in words:
+                copy = one_language(article, lang)
+                title = next((" ".join(h.text_content().split()) for h in copy.iter("h1")), name)
+                text = " ".join(copy.text_content().split())
+                body = lxml.html.tostring(copy, encoding="unicode")
+                whole = f'<html lang="{lang}"><head><title>{title}</title></head><body>{body}</body></html>'
+                await index.add_html_file(url=f"{name}.html?lang={lang}", content=whole)
+                words[lang].append([f"{name}.html", title, text])
+    for lang, pages in words.items():
+        (out / "_static" / f"words-{lang}.js").write_text(f"window.WORDS = {json.dumps(pages, ensure_ascii=False)}", encoding="utf-8")
+
+
+def main(folder):
+    folder = Path(folder)
+    out, meta = folder / "site", json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    lonely = {}
+    articles = [done for path in sorted(out.glob("**/*.html")) if (done := page(path, out, meta, lonely))]
+    shutil.copytree(folder / "extra", out, dirs_exist_ok=True)
+    asyncio.run(search(out, articles))
+    for junk in (out / "objects.inv", out / ".buildinfo", *out.glob("pagefind/pagefind-*ui.*"), out / "pagefind/pagefind-highlight.js"):
+        junk.unlink(missing_ok=True)
+    shutil.rmtree(out / "_sources", ignore_errors=True)
+    (out / ".nojekyll").touch()
+    largest = max(out.glob("**/*.html"), key=lambda p: p.stat().st_size)
+    print(f"{len(articles)} pages in {out}; the largest is {largest.relative_to(out)}, {largest.stat().st_size / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
