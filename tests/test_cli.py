@@ -49,6 +49,7 @@ def test_what_is_no_duration_size_number_or_setting(read, text):
     (["run", "digits", "--seeds", "two"], "--seeds takes numbers like 0,1,5-7; got 'two'"),
     (["run", "digits", "--seeds", ""], "--seeds takes numbers like 0,1,5-7; got ''"),
     (["run", "digits", "--epochs", "0"], "a schedule needs at least 1 epoch; got 0"),
+    (["run", "digits", "--epochs", "9" * 400], "a schedule has at most 10^9 epochs; got 999999999999..."),
     (["run", "omniglot/cpu", "--epochs", "0"], "a schedule needs at least 1 epoch; got 0"),
     (["run", "digits", "--shots", "1"], "digits has no axis 'shot': it has none beside the seeds"),
     (["run", "digits", "--set", "schedule.rate=1"], "--set schedule.rate: unknown field of Schedule 'rate'"),

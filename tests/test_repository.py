@@ -261,3 +261,17 @@ def test_cells_show_one_idea(notebook):
                       "take out what stands on its own, with prose before it and an output after it")
     wide = {c.id: n for c in cells if (n := max(map(len, c.source.splitlines()), default=0)) > 110}
     assert not wide, f"lines of more than 110 characters, which a laptop does not show whole, in cells {wide} of {notebook}: break them"
+
+
+def test_every_exercise_has_a_folded_solution():
+    """As many numbered answers as questions, behind them, in one fold; a single one may go without its number."""
+    wrong = {}
+    for path in sorted(ROOT.glob("nbs/**/*.ipynb")):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if ".ipynb_checkpoints" not in path.parts else []
+        text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+        for part in re.split(r"^#+ .*Exercises.*$", text, flags=re.M)[1:]:
+            asked, _, rest = part.partition("<details>")
+            numbers = [len(re.findall(r"^\d+\. ", t, flags=re.M)) for t in (asked, rest.partition("</details>")[0])]
+            if "</details>" not in rest or numbers[0] != numbers[1] and numbers != [1, 0]:
+                wrong[path.relative_to(ROOT).as_posix()] = numbers
+    assert not wrong, f"questions and answers: {wrong}"

@@ -52,6 +52,8 @@ class _Course:
     def __post_init__(self):
         if self.epochs < 1:
             raise ValueError(f"a schedule needs at least 1 epoch; got {self.epochs}")
+        if self.epochs > 10**9:
+            raise ValueError(f"a schedule has at most 10^9 epochs; got {str(self.epochs)[:12]}...")
         if not (callable(self.optimiser) or self.optimiser in OPTIMISERS):
             known = ', '.join(OPTIMISERS)
             raise ValueError(f"optimiser is {known}, or a function of (parameters, lr); got "
@@ -81,6 +83,7 @@ class Schedule(_Course):
         epochs:int,
     ) -> 'Schedule':
         "The same shape in fewer epochs; milestones and warm-up keep their share."
+        replace(self, epochs=epochs)          # raises what cannot be
         share = epochs / self.epochs
         milestones = tuple(round(m * share) if type(m) is int else m * share for m in self.milestones)
         return replace(self, epochs=epochs, milestones=milestones, warmup=self.warmup * share)
