@@ -9,6 +9,7 @@ __all__ = ['SHOWN', 'described']
 import inspect
 import io
 import tokenize
+from typing import TypeVar
 
 # %% ../nbs/lab/00_docs.ipynb #33aeb031
 def _heads(source): # of a class, cleaned of its indentation
@@ -20,8 +21,7 @@ def _heads(source): # of a class, cleaned of its indentation
         if name is None:
             continue
         head.append(t)
-        depth += (t.string in '([{' if t.type == tokenize.OP else 0) - (t.string in ')]}'
-                                                                        if t.type == tokenize.OP else 0)
+        if t.type == tokenize.OP: depth += (t.string in '([{') - (t.string in ')]}')
         if t.string == ':' and depth == 0:
             head += [n for n in tokens[k + 1:k + 2] if n.type == tokenize.COMMENT]
             yield name, head
@@ -31,6 +31,7 @@ def _lines(head):
     "`name: comment` for each parameter that has one, and `returns: comment`."
     depth, names, said, closed, before = 0, [], [], False, ''
     for t in head:
+        named = t.type == tokenize.NAME and depth == 1 and t.string != 'self'
         if t.type == tokenize.COMMENT:
             text = t.string.lstrip('# ')
             said += [f"    {', '.join(names) or 'returns'}: {text}"] if names or closed else []
@@ -43,8 +44,7 @@ def _lines(head):
                 closed = closed or depth == 0
             elif t.string == '->':
                 names = []
-            elif t.type == tokenize.NAME and depth == 1 and before in ('(', ',', '*',
-                                                                       '**') and t.string != 'self':
+            elif named and before in ('(', ',', '*', '**'):
                 names.append(before * (before in ('*', '**')) + t.string)
             before = t.string
     return said
@@ -57,6 +57,8 @@ def _said(cls, name): # a list of lines
     home = next((c for c in cls.__mro__ if name in vars(c)), None)
     try: return _lines(dict(_heads(inspect.cleandoc('\n' + inspect.getsource(home))))[name])
     except (OSError, TypeError, KeyError, SyntaxError, tokenize.TokenError): return []
+
+_Thing = TypeVar('_Thing')
 
 class _Described:
     "A class's docstring, and below it what stands beside the parameters."
@@ -72,8 +74,8 @@ class _Described:
         return self.whole
 
 def described(
-    thing, # a class or a function whose parameters have comments beside them
-): # itself
+    thing:_Thing, # a class or a function whose parameters have comments beside them
+) -> _Thing: # itself
     "Let `help()` show the comments beside parameters: of a class when it is asked, of a function at once."
     text = vars(thing).get('__doc__') if isinstance(thing, type) else thing.__doc__
     if isinstance(thing, type) and isinstance(text, str):

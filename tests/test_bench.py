@@ -77,7 +77,7 @@ def test_precision_is_the_training_step_in_both(tmp_path):
     assert json.loads((tmp_path / f"records/bench/precision-{bench.bench_device().type}.json").read_text()) == record
     assert record["threads"] == torch.get_num_threads() and {"avx512_bf16", "amx"} < set(record["cpu"])
     table = precision_table(record)
-    assert list(table.index) == list(map(str, small)) and (table > 0).all(None)
+    assert list(table.index) == list(map(str, small)) and (table > 0).all(axis=None)
     assert (table["bf16 / float32"] == table["bf16"] / table["float32"]).all()
     assert "3-way 1-shot" in precision_as_text(record)
 

@@ -63,7 +63,7 @@ def test_the_wheel_says_what_it_needs(built):
     assert "relkd/py.typed" in inside and not [n for n in inside if n.startswith("tests")]
     needs = re.findall(r"^Requires-Dist: (.*)$", metadata, flags=re.M)
     assert [n for n in needs if "extra ==" not in n] == ["torch<3,>=2.4"]
-    assert {*re.findall(r"^Provides-Extra: (.*)$", metadata, flags=re.M)} == {"clients", "dev", "lab", "metric", "slurm"}
+    assert {*re.findall(r"^Provides-Extra: (.*)$", metadata, flags=re.M)} == {"clients", "dev", "lab", "metric", "site", "slurm"}
 
 
 def closure(package, found):
