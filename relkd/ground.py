@@ -72,6 +72,11 @@ def _sweep(path):
             pass
 
 # %% ../nbs/lab/00_ground.ipynb #a3e954a6
+def _refused(path, error, option):
+    advice = f' with {option}' if option else ''
+    return ValueError(f"cannot write {path}: {error.strerror or error}; "
+                      f"name a folder that can be written to{advice}")
+
 def write_atomically(
     path,        # of the file
     content:bytes,
@@ -95,10 +100,7 @@ def write_atomically(
             Path(temporary).unlink(missing_ok=True)
             raise
     except OSError as error:
-        advice = f' with {option}' if option else ''
-        reason = error.strerror or error
-        raise ValueError(
-            f"cannot write {path}: {reason}; name a folder that can be written to{advice}") from error
+        raise _refused(path, error, option) from error
 
 # %% ../nbs/lab/00_ground.ipynb #2f065daf
 def check_writable(
@@ -106,9 +108,11 @@ def check_writable(
     option:str='',   # what names it, for the error
 ):
     "Raise ValueError now, not after the training, if nothing can be written into `folder`."
-    probe = Path(folder) / '.writable'
-    write_atomically(probe, b'', option)
-    probe.unlink(missing_ok=True)
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder): pass     # without a name: a kill leaves nothing behind
+    except OSError as error:
+        raise _refused(folder, error, option) from error
 
 # %% ../nbs/lab/00_ground.ipynb #17004607
 FIRST = 500_000          # number of the first batch stream of first stages

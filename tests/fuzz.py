@@ -334,9 +334,17 @@ def complaint(case):
         return "a gradient of another shape or type than its layer"
     rough = grows or torch.float16 in (case["of student"], case["of teacher"]) and power > 0
     finite = value.isfinite() and all(g.isfinite().all() for g in gradients)
-    if not finite and not rough:
+    if not finite and not rough and not _beyond_float16(name, s, t, more):
         return f"value {value.item():g}, gradients {[g.abs().max().item() for g in gradients]}"
     return _far_off(case, loss, s, t, more, value, gradients) if finite and _ordinary(case) else ""
+
+
+def _beyond_float16(name, s, t, more):
+    """Is the right gradient, taken in float32, one that float16 cannot say?"""
+    if not any(f.dtype == torch.float16 for f in s):
+        return False
+    gradients = by_loss(make(name), [f.detach().float() for f in s], t, more)[1]
+    return any(g.abs().max() > torch.finfo(torch.float16).max for g in gradients)
 
 
 def _ordinary(case):

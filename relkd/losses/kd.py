@@ -23,7 +23,7 @@ def _lost(kl, log_q, log_p, never):
     x = d.masked_fill(~near, 0.)
     far = log_q.exp() - (p * (1 + d)).masked_fill(never, 0.)
     terms = torch.where(near, p * (x.expm1() - x).clamp(min=0), far)
-    return (terms.sum() / len(terms) - kl).nan_to_num(0., 0., 0.)
+    return (terms.sum() / terms.shape[0] - kl).nan_to_num(0., 0., 0.)
 
 # %% ../../nbs/losses/01_kd.ipynb #6044967c
 class KD(DistillationLoss):
