@@ -406,6 +406,7 @@ def _logged():
         traceback.print_exc(file=f)
     return name
 
+# %% ../nbs/lab/40_cli.ipynb #d24780ad
 def main():
     "Entry point: errors that a user can mend are one line."
     warnings.formatwarning = lambda message, *_, **__: f'relkd: {message}\n'

@@ -94,13 +94,10 @@ class _JobStop(Stop):
 # %% ../nbs/lab/43_cluster.ipynb #86224e22
 class Work:
     "What a job does: one part of a recipe, from its checkpoint if there is one."
-    def __init__(self,
-        wanted:Wanted,
-        part:int,        # number among `parts`
+    def __init__(self, wanted:Wanted, part:int,        # number among `parts`
         session:dict,    # fields of its Session
         recipe:str,      # stamp of the recipe on the day it was sent off
-        threads:int=1,
-    ):
+        threads:int=1, ):
         self.wanted, self.part, self.session = wanted, part, session
         self.recipe, self.threads = recipe, threads
 
@@ -127,6 +124,7 @@ class Work:
         from submitit.helpers import DelayedSubmission
         return DelayedSubmission(self)
 
+# %% ../nbs/lab/43_cluster.ipynb #1ad6852d
 def _joined():
     "Tell the processes of a job of each other, as torchrun would. Gives the rank."
     from submitit.helpers import JobEnvironment, TorchDistributedEnvironment

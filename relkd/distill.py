@@ -86,8 +86,7 @@ class Row:
     terms:tuple=()   # of Term
     task:float=1.    # weight of the task's own loss; at 0 it is not computed
     before:tuple=()  # of Stage
-    # of the task, for this row alone: {'l2': True}
-    changes:dict=field(default_factory=dict, metadata={'later': True})
+    changes:dict=field(default_factory=dict, metadata={'later': True}) # of the task: {'l2': True}
 
     def __post_init__(self):
         if not (self.name.isprintable() and 0 < len(self.name) <= 200):
@@ -100,8 +99,7 @@ class Row:
     @property
     def all_terms(self) -> tuple: return (*self.terms, *(t for s in self.before for t in s.terms))
 
-    def learns(self,
-        task:Task, # of the recipe
+    def learns(self, task:Task, # of the recipe
     ) -> Task:
         """The task as this row learns it. Raises ValueError for a change
         that the task does not leave to a row."""
@@ -112,8 +110,7 @@ class Row:
                                  f"{left} to its rows")
         return replace(task, **self.changes)
 
-    def in_words(self,
-        task:str='CE', # what the task's own loss is called
+    def in_words(self, task:str='CE', # what the task's own loss is called
     ) -> str:
         "The row as one line."
         main = ' + '.join([*([f'{self.task:g} {task}'] if self.task else []), *map(str, self.terms)])
@@ -222,9 +219,7 @@ class _Weighed(nn.Module):
 class Objective(_Weighed):
     """The objective of one student: `row.task` times the task's loss plus the row's terms;
     in a stage before, its terms alone."""
-    def __init__(self,
-        row:Row,
-        task:Task=Task(), # by default the cross-entropy of classification
+    def __init__(self, row:Row, task:Task=Task(), # by default the cross-entropy of classification
     ):
         super().__init__(row)
         self.row, self.task = row, task

@@ -35,10 +35,8 @@ def _unit(e):
 # %% ../nbs/lab/06_heads.ipynb #3139b64b
 class CosineLinear(nn.Module):
     """Linear layer on the unit sphere: cosines of the embedding with the classes' proxies,
-    times a learned scale.
-    Hou et al. 2019, Sec. 3.2."""
-    def __init__(self,
-        in_features:int,      # D of the embedding
+    times a learned scale. Hou et al. 2019, Sec. 3.2."""
+    def __init__(self, in_features:int,      # D of the embedding
         out_features:int,     # C, classes
         nb_proxy:int=1,       # P, directions a class
         to_reduce:bool=False, # one score a class; otherwise one a proxy, (N, C * P)

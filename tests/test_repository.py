@@ -256,8 +256,8 @@ def test_cells_show_one_idea(notebook):
     import nbformat
 
     cells = [c for c in nbformat.read(ROOT / notebook, as_version=4).cells if c.cell_type == "code"]
-    long = {c.id: n for c in cells if (n := len(c.source.strip().splitlines())) > 44}
-    assert not long, (f"more than 44 lines in cells {long} of {notebook}: "
+    long = {c.id: n for c in cells if (n := len(c.source.strip().splitlines())) > 40}
+    assert not long, (f"more than 40 lines in cells {long} of {notebook}: "
                       "take out what stands on its own, with prose before it and an output after it")
     wide = {c.id: n for c in cells if (n := max(map(len, c.source.splitlines()), default=0)) > 110}
     assert not wide, f"lines of more than 110 characters, which a laptop does not show whole, in cells {wide} of {notebook}: break them"

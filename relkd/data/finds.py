@@ -74,8 +74,9 @@ FORMS = { # what a file is by its first bytes -> what makes plain arrays (N, H, 
     **{f'a{n} archive': _UNPACK for n in (' gzip', ' bzip2', 'n xz', ' tar')},
     'a zstd archive': "unpack it: tar --zstd -xf '{file}'",
     **{f'a {n} archive': "unpack it: 7z x '{file}'" for n in ('7z', 'rar')},
-    'a zip': "unpack it: unzip '{file}'",
-}
+    'a zip': "unpack it: unzip '{file}'", }
+
+# %% ../../nbs/data/05_finds.ipynb #5e965496
 NAMED = ( # pattern of a file's name in small letters, what it is, what to do
     ('x_train.npy', "Keras's names",
      "rename x_train, y_train, x_test, y_test to train_images, train_labels, test_images, test_labels"),
@@ -90,8 +91,7 @@ NAMED = ( # pattern of a file's name in small letters, what it is, what to do
     ('data.mdb', 'an LMDB',
      "with lmdb, write its images into train/CLASS/ and test/CLASS/, then `relkd data import`"),
     ('*.tfrecord*', 'TFRecords',
-     "with tensorflow, write its images into train/CLASS/ and test/CLASS/, then `relkd data import`"),
-)
+     "with tensorflow, write its images into train/CLASS/ and test/CLASS/, then `relkd data import`"), )
 
 # %% ../../nbs/data/05_finds.ipynb #e617894d
 _IMAGE = re.compile(r'\.(png|jpe?g|jfif|bmp|webp|tiff?|gif|avif|heic)$', re.I)

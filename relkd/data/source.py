@@ -90,8 +90,7 @@ class Source:
     # 'retrieval' -> function of the Dataset that gives it split otherwise
     splits:dict=field(default_factory=dict)
 
-    def place(self,
-        root:Path,
+    def place(self, root:Path,
     ) -> tuple: # of places, or None
         "The first place whose files are all there, with its files."
         for words, files, read in self.places:

@@ -58,8 +58,7 @@ class _Parametric(_Loss):
         if not all(p.is_leaf for p in own): return    # lent for one call, as torch.func.functional_call does
         if not own or any(p.is_meta or p.is_inference() for p in own):
             self._calls = -1
-        # FT's paraphrasers rest after their stage
-        elif self._first is None or len(own) != len(self._first[0]):
+        elif self._first is None or len(own) != len(self._first[0]):  # FT's paraphrasers rest in time
             self._first = [p._version for p in own], [p.detach().sum() for p in own]
         elif [p._version for p in own] != self._first[0]:
             self._calls = -1
@@ -164,18 +163,15 @@ class DistillationLoss(_InOrder):
     None, the default: there is no part, nothing is kept.
 
     `prepare(student, teacher, index=None)` is what a first stage minimises,
-    where a method has one. By default
-    `forward`.
+    where a method has one. By default `forward`.
 
     `split(rank, processes)` is told once, before training, where each of several processes sees the whole
     batch: a loss whose work can be divided computes a share from then on, such that the mean over the
-    processes is the loss. By default only the parts that remember are told.
-    """
+    processes is the loss. By default only the parts that remember are told. """
     if TYPE_CHECKING:                   # a module's own call says Any
         def __call__(self, student, teacher, index=None) -> torch.Tensor: ...
 
-    def forward(self,
-        student,    # a layer of the student, or a list of layers: receives the gradient
+    def forward(self, student,    # a layer of the student, or a list of layers: receives the gradient
         teacher,    # of the teacher, or its `teacher_part`: receives none
         index=None, # (N,) int64, which training samples these are
     ) -> torch.Tensor: # 0-dim
@@ -195,15 +191,13 @@ def traced(
 _own_numbers = torch.Tensor.__torch_dispatch__
 
 # %% ../../nbs/losses/00_contract.ipynb #67123a19
-def without_graph(
-    t:torch.Tensor, # of a teacher
+def without_graph( t:torch.Tensor, # of a teacher
 ) -> torch.Tensor: # the same numbers: no gradient goes through
     """A teacher's tensor as a loss may use it, computed under `no_grad`,
     under `inference_mode` or with a graph."""
     return t.clone() if not torch.compiler.is_compiling() and t.is_inference() else t.detach()
 
-def finite(
-    value, # an option of a loss
+def finite( value, # an option of a loss
 ) -> bool:
     "Is it a number, and neither NaN nor infinite?"
     try:
@@ -213,8 +207,7 @@ def finite(
 
 def _wide(e): return e.float() if e.dtype.itemsize < 4 else e
 
-def as_pair(
-    student:torch.Tensor, # (N, D_S) embeddings, or (N, C, H, W), which is flattened
+def as_pair( student:torch.Tensor, # (N, D_S) embeddings, or (N, C, H, W), which is flattened
     teacher:torch.Tensor, # (N, D_T) embeddings, or (N, C, H, W), which is flattened
     least:int,            # least N that the loss is defined for
     loss:str,             # its name, for errors

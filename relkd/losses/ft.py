@@ -166,8 +166,7 @@ class _Prepared(_Networks):
     def _close(self, gradient):
         self._open = False
 
-    def train(self,
-        mode:bool=True, # of the translators
+    def train(self, mode:bool=True, # of the translators
     ) -> 'FT': # itself
         "Set the mode of the translators; the paraphrasers are in evaluation mode outside `prepare`."
         super().train(mode)

@@ -45,11 +45,25 @@ def margin_from_batchnorm(
     m = torch.where(torch.special.erfc(z / 2**.5) / 2 >= rare, m, -3 * gamma)      # Phi(-z)
     return m.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
+# %% ../../nbs/losses/13_ofd.ipynb #04efd924
+def _margins(given, channels): # a number, a tensor or a list -> a tensor a layer, as many as channels say
+    if isinstance(given, (int, float)): given = [given] * len(channels)
+    given = [given] if isinstance(given, torch.Tensor) else given
+    given = [torch.as_tensor(m).detach() for m in given]
+    if len(given) != len(channels):
+        raise ValueError(f"OFD needs one tensor of margins a layer; got {len(given)} for {len(channels)}")
+    for m, (_, c) in zip(given, channels):
+        if tuple(m.shape) not in ((), (c,)) or not (traced(m) or (m <= 0).all()):
+            raise ValueError(f"OFD needs a margin of at most 0 for each of the {c} teacher channels; "
+                             f"got shape {tuple(m.shape)}, largest "
+                             f"{m.max().item() if m.numel() else None}")
+    wide = [m if m.is_floating_point() else m.float() for m in given]
+    return [m.expand(c).clone() for m, (_, c) in zip(wide, channels)]
+
 # %% ../../nbs/losses/13_ofd.ipynb #a3eecc33
 class OFD(PreActivationLoss):
     """Partial L2 distance between the student behind connectors and the teacher's margin ReLU
-    (Heo et al., ICCV 2019).
-    Sec. 3; scale and layer weights as in the authors' CIFAR-100 code;
+    (Heo et al., ICCV 2019). Sec. 3; scale and layer weights as in the authors' CIFAR-100 code;
     its margins come from `margin_from_batchnorm`."""
     def __init__(self,
         in_channels,        # C_S or D_S, of the student's layer; a list for several layers, the deepest last
@@ -67,18 +81,7 @@ class OFD(PreActivationLoss):
         if self.measured and margins != 'batch':
             raise ValueError(f"OFD takes margins='batch', one tensor a layer, or a number; got {margins!r}")
         if self.measured: return
-        if isinstance(margins, (int, float)): margins = [margins] * len(self.channels)
-        margins = [torch.as_tensor(m).detach()
-                   for m in ([margins] if isinstance(margins, torch.Tensor) else margins)]
-        if len(margins) != len(self.channels):
-            raise ValueError(f"OFD needs one tensor of margins a layer; got {len(margins)} for "
-                             f"{len(self.channels)}")
-        for k, (m, (_, c)) in enumerate(zip(margins, self.channels)):
-            if tuple(m.shape) not in ((), (c,)) or not (traced(m) or (m <= 0).all()):
-                raise ValueError(f"OFD needs a margin of at most 0 for each of the {c} teacher channels; "
-                                 f"got shape {tuple(m.shape)}, largest "
-                                 f"{m.max().item() if m.numel() else None}")
-            m = (m if m.is_floating_point() else m.float()).expand(c).clone()
+        for k, m in enumerate(_margins(margins, self.channels)):
             self.register_buffer(f'margin{k}', m.to(device=device, dtype=dtype))
 
     def distance(self, s, t, k):

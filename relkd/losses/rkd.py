@@ -68,8 +68,7 @@ class RKDAngle(_OfSides):
         self.distinct, self.compiled, self.vertices = distinct, compiled, vertices
         self.anchors = 0, 1   # (rank, R), see `split`
 
-    def forward(self,
-        student:torch.Tensor, # (N, D_S), receives the gradient
+    def forward(self, student:torch.Tensor, # (N, D_S), receives the gradient
         teacher,              # (N, D_T), receives none, or its Sides; N the same
         index=None,           # not needed
     ) -> torch.Tensor: # 0-dim, float32 at least. Raises ValueError on bad shapes, N < 3, D_S < 2

@@ -16,8 +16,7 @@ from ..ground import nearest
 from ..tasks.task import Task
 
 # %% ../../nbs/lab/29_described.ipynb #18a17a58
-def called(
-    thing, # a name, or a function or class
+def called( thing, # a name, or a function or class
 ) -> str:
     "A name for what is a name or a thing."
     return getattr(thing, '__name__', None) or str(thing)
@@ -58,8 +57,7 @@ def _bytecode(code):
     return repr((getattr(code, 'co_code', code), getattr(code, 'co_names', ()), constants))
 
 # %% ../../nbs/lab/29_described.ipynb #7871908a
-def changed(
-    thing,      # a recipe, or what stands in it
+def changed( thing,      # a recipe, or what stands in it
     path:list,  # names that lead to the value
     value,      # what it shall be
     whole:str,  # the path as it was typed, for the message
@@ -89,6 +87,7 @@ def changed(
     new, old = (_like(value, old, whole), old) if not rest else changed(old, rest, value, whole)
     return replace(thing, **{step: new}), old
 
+# %% ../../nbs/lab/29_described.ipynb #606826ab
 def _like(value, old, whole):
     "`value` in the type of `old`. Raises ValueError if it is of another kind."
     if isinstance(old, tuple) and isinstance(value, (list, tuple)):

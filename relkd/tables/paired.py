@@ -57,9 +57,7 @@ def _same_episodes(records, test):
         raise ValueError(f"records of {rows} were tested on different {test} episodes: run the recipe to its "
                          "end, or remove the old ones")
 
-def compare(
-    records:list,
-    row:str, base:str, # names of rows
+def compare( records:list, row:str, base:str, # names of rows
     test:str,          # 'top-1', '5-way 1-shot'
 ) -> dict: # difference, over_seeds, over_episodes, deviation, correlation, needed, seeds; or empty
     "Paired difference of two rows, seed by seed. Raises ValueError if test episodes were not the same."
@@ -177,9 +175,8 @@ def _one_protocol(records):
                              "teachers with other weights under one name: remove the records of one of them "
                              "and run the recipe again")
 
-def summary(
-    recipe:Recipe,
-    out='figures', # where its records are
+# %% ../../nbs/lab/33_paired.ipynb #ad276221
+def summary( recipe:Recipe, out='figures', # where its records are
 ): # the pandas table, and a matplotlib figure
     """A recipe's table and figure from its records alone.
     Raises ValueError if there are none, or if they do not belong together."""

@@ -34,10 +34,8 @@ class _Fields:
     vary:dict=field(default_factory=dict)         # field of the task -> its values: {'shot': (1, 5)}
     teacher:object              # name of a network, or a function (outputs, channels) -> nn.Module
     student:object              # likewise
-    # file of a trained teacher or a TeacherFile, or (recipe, row) whose network it is: tested, not trained
-    teacher_weights:object=None
-    # 'teacher', 'student' -> file, or (recipe, row), whose weights it begins with
-    starts:dict=field(default_factory=dict)
+    teacher_weights:object=None # of a trained teacher: a file, a TeacherFile or (recipe, row); only tested
+    starts:dict=field(default_factory=dict)       # 'teacher', 'student' -> file or (recipe, row) first
     rows:tuple                  # of Row
     schedule:Schedule           # of the students
     teacher_schedule:Schedule=None # of the teacher; by default the students'

@@ -215,8 +215,7 @@ class Retrieval(_Choices):
         if self.metric != 'triplet':
             self.own_loss()
 
-    def stream(self, data, schedule, seed:int, teacher:bool=False,
-               draw:int=0): # of relkd.data.episodes.ClassBalanced
+    def stream(self, data, schedule, seed:int, teacher:bool=False, draw:int=0): # of ClassBalanced
         """P classes with K images each, P from the schedule's batch size.
         Raises ValueError if K does not divide it."""
         if not schedule.batch_size or schedule.batch_size % self.images:
@@ -241,8 +240,7 @@ class Retrieval(_Choices):
         return {'accuracy': self.test(model, data)[self.headline]['accuracy']} if self.look else {}
 
     def test(self, model:nn.Module, data) -> dict:
-        """Recall@K over all test images, each a query once;
-        `lone` counts those without another of their class."""
+        "Recall@K over all test images, each a query once; `lone` counts those alone in their class."
         found = ranks(*self.embeddings(model, data))
         lone = int((found < 0).sum())
         counts = {'queries': len(found) - lone, 'lone': lone}

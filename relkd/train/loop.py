@@ -200,8 +200,7 @@ def _end(walk, side_by_side, moment, data, watch):
     walk.at, walk.done = walk.at + 1, 0
 
 # %% ../../nbs/lab/14_fit.ipynb #ac43da6f
-def fit(
-    learners:list,          # of Learner
+def fit( learners:list,          # of Learner
     stream,                 # a relkd.data.Stream
     epochs:int,             # of the main stage
     teacher:nn.Module=None, # in common; needed if a row has terms
@@ -213,8 +212,7 @@ def fit(
     names=None,             # of the learners, for the checkpoint; by default their numbers
 ) -> float: # seconds, those before an interruption included
     """Train learners side by side, the teacher's pass computed once for all.
-    Afterwards every layer's mode is as before.
-    Raises ValueError as `Together`, Stopped at a checkpoint."""
+    Afterwards every layer's mode is as before. Raises ValueError as `Together`, Stopped at a checkpoint."""
     session = session or Session(device=next(learners[0].model.parameters()).device.type, precision='32')
     data = getattr(stream, 'data', None) if data is None else data
     names = [str(k) for k in range(len(learners))] if names is None else names
@@ -234,8 +232,7 @@ def fit(
                                               or walk.at + 1 == len(course))
             _end(walk, side_by_side, moment, data, watch)
             if watch and (seen := [l.epochs[-1].get(l.task.watched) for l in learners]) and None not in seen:
-                bar.set_postfix_str(f'{learners[0].task.watched} {sum(seen) / len(seen):.1f} %',
-                                    refresh=False)
+                bar.set_postfix_str(f'{learners[0].task.watched} {sum(seen) / len(seen):.1f} %',refresh=False)
             bar.update()
             if fabric.world_size > 1 and walk.at < len(course):
                 walk.pause(*asked_by_any(fabric, session.stopping(), fabric.is_global_zero and walk.due()))

@@ -231,8 +231,7 @@ class Session:
     _fabric:object=None
     _made:str=None             # precision of that Fabric
 
-    def fabric(self,
-        precision:str=None, # that is asked for; by default the one at hand, else the session's
+    def fabric(self, precision:str=None, # that is asked for; by default the one at hand, else the session's
     ): # Alone, or Lightning's Fabric under `torchrun`; made once for each precision
         "Device and processes in a precision."
         wanted = chosen_precision(self.device, precision or self._made or self.precision)
@@ -241,17 +240,14 @@ class Session:
         return self._fabric
 
     @contextmanager
-    def at_work(self,
-        products, # function without arguments: multiply-adds of a mean layer with a batch
+    def at_work(self, products, # function without arguments: multiply-adds of a mean layer with a batch
     ):
         "PyTorch's threads for a while: those asked for, else as many as the work is worth."
         before = torch.get_num_threads()
         settled = 'OMP_NUM_THREADS' in os.environ or chosen_device(self.device) == 'cuda'
         torch.set_num_threads(self.threads or (before if settled else chosen_threads(products(), before)))
-        try:
-            yield
-        finally:
-            torch.set_num_threads(before)
+        try: yield
+        finally: torch.set_num_threads(before)
 
     def stopping(self, reserve:float=0.) -> bool:
         "Is it time to stop?"
