@@ -1,5 +1,6 @@
 """What an installed package is: built in both forms, importable beside torch alone, typed, and each extra named when it is wanted."""
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -39,25 +40,15 @@ def test_names_and_version():
         relkd._loses
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    "The source distribution, and the wheel that is made from it."
-    pytest.importorskip("build")
-    out = tmp_path_factory.mktemp("dist")
-    done = subprocess.run([sys.executable, "-m", "build", "--no-isolation", "-o", out, ROOT], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return next(out.glob("*.tar.gz")), next(out.glob("*.whl"))
-
-
-def test_the_source_distribution_holds_what_builds_and_tests_it(built):
-    with tarfile.open(built[0]) as t:
+def test_the_source_distribution_holds_what_builds_and_tests_it(distributions):
+    with tarfile.open(distributions[0]) as t:
         inside = {name.split("/", 1)[1] for name in t.getnames() if "/" in name}
     assert {"settings.ini", "setup.py", "README.md", "LICENSE", "relkd/py.typed", "tests/helpers.py", "tests/conftest.py"} <= inside
     assert not [name for name in inside if name.startswith(("nbs/", "figures/", ".data")) or "__pycache__" in name]
 
 
-def test_the_wheel_says_what_it_needs(built):
-    with zipfile.ZipFile(built[1]) as z:
+def test_the_wheel_says_what_it_needs(distributions):
+    with zipfile.ZipFile(distributions[1]) as z:
         inside = z.namelist()
         metadata = z.read(next(n for n in inside if n.endswith("METADATA"))).decode()
     assert "relkd/py.typed" in inside and not [n for n in inside if n.startswith("tests")]
@@ -81,11 +72,9 @@ def closure(package, found):
 
 
 @pytest.fixture(scope="module")
-def torch_alone(built, tmp_path_factory):
+def torch_alone(wheel, tmp_path_factory):
     "A folder with the wheel, torch and what torch needs: as `pip install relkd` leaves it."
-    site = tmp_path_factory.mktemp("site")
-    with zipfile.ZipFile(built[1]) as z:
-        z.extractall(site)
+    site = shutil.copytree(wheel, tmp_path_factory.mktemp("alone") / "site")
     for d in closure("torch", {}).values():
         for top in {f.parts[0] for f in d.files or () if f.parts[0] not in ("..", "__pycache__")}:
             if not (site / top).exists():

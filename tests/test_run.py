@@ -505,24 +505,6 @@ def own(tmp_path_factory):
     return at
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    "The package as a wheel installs it: no checkout, no notebooks, no records."
-    import shutil
-    import zipfile
-
-    pytest.importorskip("setuptools")
-    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
-    shutil.copytree(HERE.parent / "relkd", source / "relkd", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("setup.py", "settings.ini", "README.md"):
-        shutil.copy(HERE.parent / name, source)
-    done = subprocess.run([sys.executable, "setup.py", "-q", "bdist_wheel"], cwd=source, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    with zipfile.ZipFile(next(source.glob("dist/*.whl"))) as z:
-        z.extractall(site)
-    return site
-
-
 def test_a_file_of_the_users_is_run_from_another_folder_with_the_wheel_alone(own, wheel, tmp_path, relkd_cli):
     env = relkd_cli.env | {"PYTHONPATH": str(wheel)}
     where = subprocess.run([sys.executable, "-c", "import relkd; print(relkd.__file__)"], cwd=tmp_path, env=env,
