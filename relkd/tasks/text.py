@@ -101,20 +101,24 @@ def given_embeddings(
     "A teacher that is an array: what `relkd.data.text` puts in front of each text."
     return _Given(channels)
 
-# %% ../../nbs/tasks/05_text.ipynb #009bad8f
+# %% ../../nbs/tasks/05_text.ipynb #af806183
 @torch.no_grad()
 def neighbours(
-    asked:torch.Tensor,        # (M, D) embeddings
-    among:torch.Tensor,        # (N, D)
+    asked:torch.Tensor,  # (M, D) embeddings
+    among:torch.Tensor,  # (N, D)
     k:int=10,
-    others:bool=False,         # are they the same texts, so that each is not to find itself?
+    others:bool=False,   # are they the same texts, so that each is not to find itself?
+    distance:bool=False, # by Euclidean distance, where lengths count, instead of cosine
 ) -> torch.Tensor: # (M, k) int64, places in `among`
-    "The k nearest by cosine."
-    among, found = on_sphere(among.float()), []
+    "The k nearest."
+    asked, among, found = asked.float(), among.float(), []
+    if not distance:
+        asked, among = on_sphere(asked), on_sphere(among)
+    squares = among.square().sum(1) / 2                  # the same for all on the sphere
     for start in range(0, len(asked), 1000):
-        near = on_sphere(asked[start:start + 1000].float()) @ among.T
+        near = asked[start:start + 1000] @ among.T - squares
         if others:
-            near.diagonal(start).fill_(-2)
+            near.diagonal(start).fill_(-torch.inf)
         found.append(near.topk(k).indices)
     return torch.cat(found)
 
@@ -206,7 +210,7 @@ def _on_axes(parts, data, axes):
     turn = torch.linalg.eigh((e - mean).T @ (e - mean)).eigenvectors.flip(1)[:, :axes]
     return [(p.cpu() - mean) @ turn for p in parts]
 
-# %% ../../nbs/tasks/05_text.ipynb #7227d88f
+# %% ../../nbs/tasks/05_text.ipynb #6fac200f
 class CopyTexts(_Protocol):
     "A given embedding of texts is copied by a smaller student, and tested on texts that it has not seen."
     def check(self, data):
@@ -244,10 +248,12 @@ class CopyTexts(_Protocol):
         return _on_axes(parts, data, self.axes) if self.axes else parts
 
     def test(self, model:nn.Module, data) -> dict:
-        "The three tests; `lemma` where there are queries."
+        "The tests; `sister` where there are kinds, `lemma` where there are queries."
         e, *asked = self.embeddings(model, data, self.tested)
-        near = neighbours(e, e, self.k, others=True).cpu()
-        found = {'agree': in_blocks(agreement(near, _nearest(data, self.tested, self.k)), self.k)}
+        near, of = neighbours(e, e, self.k, others=True).cpu(), _nearest(data, self.tested, self.k)
+        found = {'agree': in_blocks(agreement(near, of), self.k)}
+        by_distance = near if self.l2 else neighbours(e, e, self.k, others=True, distance=True).cpu()
+        found['by distance'] = in_blocks(agreement(by_distance, of), self.k)
         kin = sisters(near, data.split(self.tested)[1].cpu())
         if len(kin):
             found['sister'] = in_blocks(kin, 1)
