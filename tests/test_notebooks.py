@@ -112,8 +112,10 @@ def run_after_triton(*args):
     run_notebook(*args)
 
 
-def test_triton_may_have_been_imported_before(tmp_path):
+def test_triton_may_have_been_imported_before(tmp_path, flags):
     """One process of `nbdev_test` runs several notebooks, and torch.compile in one of them imports Triton without its interpreter."""
+    if "slow" not in flags:
+        pytest.skip("a notebook once more: --flags slow")
     pytest.importorskip("triton")
     code, printed = finish(run_after_triton, "nbs/losses/22_angle_triton.ipynb", ["slow", "cuda"], said=tmp_path / "printed")
     skip_where_triton_cannot_interpret(printed)
