@@ -75,7 +75,7 @@ def text_rows(
     return tuple(Row(name, terms, task=0., changes=changes, rate=(rates or {}).get(name, 0.))
                  for name, terms, changes in rows)
 
-# %% ../../nbs/tables/08_text.ipynb #d7828e0f
+# %% ../../nbs/tables/08_text.ipynb #7c47a773
 FOUR_EPOCHS = Schedule(
     epochs=4,
     batch_size=256,
@@ -93,7 +93,7 @@ text_rates = Recipe(
     task=CopyTexts(size=64, tested='val'),
     teacher=given_embeddings,
     student=NGrams(),
-    rows=tuple(replace(r, name=f'{r.name}, x {f:g}', rate=f) for r in text_rows() for f in (.25, 1., 4.)),
+    rows=tuple(replace(r, name=f'{r.name}, x {f:g}', rate=f) for r in text_rows() for f in (.25, 1., 4., 16.)),
     schedule=replace(FOUR_EPOCHS, epochs=2, warmup=.5),
     seeds=(100,),
     eval_every=2,
