@@ -46,6 +46,12 @@ def languages():
     return room("languages")
 
 
+def test_every_recipe_has_a_title_in_both_languages():
+    from relkd.catalogue import known_recipes
+
+    assert known_recipes().keys() <= room("recipe_titles").CHINESE.keys()
+
+
 def blocks(html, languages):
     "(the element, what has no neighbour in the other language)"
     page, alone = ET.fromstring(f"<article>{html}</article>"), []
