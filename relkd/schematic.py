@@ -12,6 +12,8 @@ from types import MappingProxyType
 SCHEMATICS = MappingProxyType({ # name of a loss -> layers, drawing of what is read, words; parts beside them
     'RKD': dict(reads=('embedding',), icon='points', compares='distances and angles\nbetween the samples'),
     'KD': dict(reads=('logits',), icon='bars', compares='softened class\nprobabilities'),
+    'DKD': dict(reads=('logits',), icon='split', compares="the label's class,\nand the others apart"),
+    'DIST': dict(reads=('logits',), icon='table', compares='correlations: each sample,\neach class'),
     'FitNet': dict(reads=('stage 2',), icon='map', compares='every number of the map', student='regressor'),
     'AT': dict(reads=('stage 1', 'stage 2', 'stage 3'), icon='attention',
                compares='where in the image the energy is'),
@@ -91,9 +93,16 @@ def _icon(ax, kind, x, y, colour): # 0.7 wide and high
         xs, ys = [x - .3, x + .32, x - .02], [y - .2, y - .08, y + .3]
         ax.fill(xs, ys, fill=False, edgecolor=colour, lw=.9)
         ax.plot(xs, ys, 'o', color=colour, ms=4)
-    elif kind == 'bars':
+    elif kind in ('bars', 'split'):
         for k, h in enumerate((.62, .38, .16, .09)):
             ax.add_patch(Rectangle((x - .34 + .18 * k, y - .3), .13, h, color=colour))
+        if kind == 'split': ax.plot([x - .185] * 2, [y - .36, y + .36], color=_GRADIENT, lw=1.2, ls=':')
+    elif kind == 'table':
+        for k, h in enumerate((.9, .2, .5, .15, .2, .8, .3, .6, .4, .1, .85, .25)):
+            ax.add_patch(Rectangle((x - .34 + .17 * (k % 4), y - .33 + .22 * (k // 4)), .15, .2, lw=0,
+                                   facecolor=colour, alpha=h))
+        ax.add_patch(Rectangle((x - .36, y - .125), .7, .24, fill=False, edgecolor=_GRADIENT, lw=1.))
+        ax.add_patch(Rectangle((x - .005, y - .35), .18, .7, fill=False, edgecolor=_GRADIENT, lw=1.))
     elif kind == 'channels':
         for k in range(4):
             ax.add_patch(Rectangle((x - .36 + .12 * k, y - .28 + .08 * k), .36, .34, fc='white',

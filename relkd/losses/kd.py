@@ -43,7 +43,7 @@ class KD(DistillationLoss):
     The mean over the batch."""
     def __init__(self,
         T:float=4., # temperature, above 0; 4 in the RKD paper and in the CRD benchmark
-        standardise:bool=False, # bring each sample's logits to mean 0 and deviation 1 first? (Sun et al. 2024)
+        standardise:bool=False, # each sample's logits to mean 0 and deviation 1 first? (Sun et al. 2024)
     ):
         super().__init__()
         if not (finite(T) and T > 0): raise ValueError(f"KD needs a finite temperature above 0; got T = {T}")
