@@ -387,7 +387,8 @@ def _ordinary(case):
     name = case["name"]
     ties = name == "FSP" and case["student"] == "relu"        # which of two equal responses is the largest?
     small = name in ("CC raw", "AB") and case["power"] < 0    # what they compare is far below 1 then
-    sure = name.startswith(("DKD", "DIST")) and case["power"] > 1         # probabilities of 0 and 1: gradients are rounding
+    # probabilities of 0 and 1, or all alike: gradients are rounding
+    sure = name.startswith(("DKD", "DIST")) and case["power"] > 1 or name.startswith("DIST") and case["power"] < -1
     return name in FORMULAS and {case["student"], case["teacher"]} <= {*ORDINARY} and not (ties or small or sure)
 
 

@@ -22,7 +22,8 @@ def _direction(log_p, dim):
     p = (log_p - top).exp()                                    # over the largest: cancels
     centred = p - p.mean(dim, keepdim=True)
     length = torch.linalg.vector_norm(centred, dim=dim, keepdim=True)
-    flat = length <= 32 * torch.finfo(p.dtype).eps * math.sqrt(p.shape[dim])      # nothing but rounding
+    whole = torch.linalg.vector_norm(p.detach(), dim=dim, keepdim=True)
+    flat = length <= 32 * torch.finfo(p.dtype).eps * whole     # nothing but rounding
     return centred / length.masked_fill(flat, math.inf), ~flat.squeeze(dim)
 
 def pearson_distance(

@@ -49,7 +49,7 @@ def _labels(loss, s, index, labels):
         raise ValueError(f"DKD(alpha=0) needs at least 3 classes; got {tuple(s.shape)}: beside the label's "
                          "there is one, which has no others to be compared with")
     if labels is None and loss.classes is not None:
-        which = _numbers('index', index, len(s), len(loss.classes), 'which training samples')
+        which = _numbers('index', index, s.shape[0], len(loss.classes), 'which training samples')
         labels = loss.classes[which.to(loss.classes.device)]
     labels = index if labels is None else labels
     return _numbers('labels', labels, *s.shape, 'the class of each sample').to(s.device)
