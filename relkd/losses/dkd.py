@@ -54,10 +54,9 @@ def _labels(loss, s, index, labels):
     labels = index if labels is None else labels
     return _numbers('labels', labels, *s.shape, 'the class of each sample').to(s.device)
 
-# %% ../../nbs/losses/14_dkd.ipynb #3531b854
-class DKD(DistillationLoss):
-    """KD in two terms with a weight each: the label's class against the others,
-    and the others among themselves (Zhao et al. 2022, Sec. 3)."""
+# %% ../../nbs/losses/14_dkd.ipynb #1f86aaa6
+class _TwoTerms(DistillationLoss):
+    "KD's two terms, a weight for each, and where the labels are looked up."
     def __init__(self,
         alpha:float=1., # of the label's class against the rest, TCKD
         beta:float=8.,  # of the other classes among themselves, NCKD; 8 for the authors' resnet32x4 -> 8x4
@@ -72,6 +71,14 @@ class DKD(DistillationLoss):
         self.alpha, self.beta, self.T, self.standardise = alpha, beta, T, standardise
         self.register_buffer('classes', _labels_of_all(classes), persistent=False)
 
+    def extra_repr(self):
+        return (f'alpha={self.alpha:g}, beta={self.beta:g}, T={self.T:g}'
+                + ', standardise=True' * self.standardise)
+
+# %% ../../nbs/losses/14_dkd.ipynb #3531b854
+class DKD(_TwoTerms):
+    """KD in two terms with a weight each: the label's class against the others,
+    and the others among themselves (Zhao et al. 2022, Sec. 3)."""
     @classmethod
     def from_features(cls,
         student,     # an example of the student's logits, (N, C)
@@ -97,7 +104,3 @@ class DKD(DistillationLoss):
             own = torch.arange(s.shape[1], device=s.device) == label[:, None]
             parts = zip((self.alpha, self.beta), *(_split(z / self.T, own, label) for z in (s, t)))
             return self.T**2 * sum(w * divergence(log_q, log_p) for w, log_q, log_p in parts if w)
-
-    def extra_repr(self):
-        return (f'alpha={self.alpha:g}, beta={self.beta:g}, T={self.T:g}'
-                + ', standardise=True' * self.standardise)

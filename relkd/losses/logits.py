@@ -52,7 +52,8 @@ def as_logits(
 ) -> tuple: # both, in one dtype, float32 at least; the teacher detached
     "The logits of a batch, checked. Raises ValueError on wrong dimensions and on what can teach nothing."
     _refuse_logits(student, teacher, loss, standardise)
-    student, teacher = (z.float() if z.dtype.itemsize < 4 else z for z in (student, without_graph(teacher)))
+    student, teacher = (z.float() if z.dtype.itemsize < 4 else z
+                        for z in (student, without_graph(teacher)))
     dtype = torch.promote_types(student.dtype, teacher.dtype)
     student, teacher = student.to(dtype), teacher.to(dtype)
     if not standardise: return student, teacher

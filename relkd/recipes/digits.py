@@ -67,7 +67,8 @@ PLAIN = {
 _logit_losses = PLAIN | STANDARDISED
 LOGIT_ROWS = (
     Row('Baseline'),
-    *(_on_logits(name, loss, weight, task, **more) for name, (loss, weight, task, more) in _logit_losses.items()),
+    *(_on_logits(name, loss, weight, task, **more)
+      for name, (loss, weight, task, more) in _logit_losses.items()),
     *(_on_logits(f'{name}, equal pull', loss, EqualPull(), **more)
       for name, (loss, _, _, more) in _logit_losses.items()),
 )
