@@ -1,7 +1,7 @@
 """The words of the site that stand in no notebook: the reading path, titles of rooms, the playground's explanations."""
 
 PATH = [                                                                 # the reading path: (floor, its pages in order)
-    ("derive · 推导", ["00_relations", "losses/index", "playground"]),
+    ("derive · 推导", ["00_relations", "00_relations_numerics", "losses/index", "playground"]),
     ("train · 训练", ["data/index", "lab/index", "tasks/index"]),
     ("in your loop · 用在你的循环里", ["clients/index"]),
     ("reproduce · 复现", ["tables/index", "records/index"]),
