@@ -87,6 +87,7 @@ class Row:
     task:float=1.    # weight of the task's own loss; at 0 it is not computed
     before:tuple=()  # of Stage
     changes:dict=field(default_factory=dict, metadata={'later': True}) # of the task: {'l2': True}
+    rate:float=field(default=0., metadata={'later': True}) # times the schedule's rate; 0: as it is
 
     def __post_init__(self):
         if not (self.name.isprintable() and 0 < len(self.name) <= 200):
@@ -115,6 +116,7 @@ class Row:
         "The row as one line."
         main = ' + '.join([*([f'{self.task:g} {task}'] if self.task else []), *map(str, self.terms)])
         changed = ''.join(f', {k} {v}' for k, v in self.changes.items())
+        changed += f', rate x {self.rate:g}' if self.rate else ''
         return ', then '.join([*map(str, self.before), main + changed])
 
     def __str__(self): return self.in_words()

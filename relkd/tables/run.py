@@ -138,8 +138,8 @@ def _teacher(experiment, group):
         _fill(net, load_checkpoint(e.path(protocol), digest(protocol))['model'], e.path(protocol))
     elif weights := _finished(e, protocol):
         _fill(net, weights, e.path(protocol))
-    elif r.teacher_weights:
-        tests = _given(e, group, task, net)
+    elif r.teacher_weights or not any(p.requires_grad for p in net.parameters()):
+        tests = _given(e, group, task, net) if r.teacher_weights else task.test(net, e.data)
         _finish(e, task, protocol, net, [], None, tests, seconds=0., trained_beside=0, images_per_second=0.)
     else:
         _begin(e, 'teacher', [net])

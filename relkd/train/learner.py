@@ -7,6 +7,7 @@ __all__ = ['Learner']
 
 # %% ../../nbs/lab/13_learner.ipynb #ff69edd4
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -29,7 +30,8 @@ class _Parts:
         seed:int=0,
         task:Task=Task(),   # by default classification with the cross-entropy
     ):
-        self.model, self.row, self.schedule, self.seed, self.task = model, row, schedule, seed, task
+        self.model, self.row, self.seed, self.task = model, row, seed, task
+        self.schedule = replace(schedule, lr=schedule.lr * row.rate) if row.rate else schedule
         self.objective = Objective(row, task)
         self.read = Features(model, self.objective.student_layers)
         self.stage = 0 if row.before else None                  # the main stage is None
