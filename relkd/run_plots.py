@@ -86,7 +86,8 @@ def _legend(ax, bar, what):
                  for m, s, e in (('o', 4, 'none'), ('D', 6, 'black')))
     handle = Line2D([], [], **bar)
     ax.legend([dot, mean, handle], ['a seed', 'mean', what], loc='lower center',
-              bbox_to_anchor=(.5, 1.), ncols=3, frameon=False, fontsize=9, handlelength=1.5, columnspacing=1.2)
+              bbox_to_anchor=(.5, 1.), ncols=3, frameon=False, fontsize=9, handlelength=1.5,
+              columnspacing=1.2)
 
 # %% ../nbs/lab/35_runs.ipynb #bb04b8eb
 def _draw_row(axes, k, row, of, colour, beyond):
@@ -94,7 +95,8 @@ def _draw_row(axes, k, row, of, colour, beyond):
     v, mine, other, jitter = of
     d, middle = v['difference'], beyond.get(row)
     if middle is not None:
-        told = f"{v['last']:.1f}, deviation {v['sd']:.1f}", f"{d:.1f}, interval {v['low']:.1f} to {v['high']:.1f}"
+        told = (f"{v['last']:.1f}" + ('' if np.isnan(v['sd']) else f", deviation {v['sd']:.1f}"),
+                f"{d:.1f}" + ('' if np.isnan(v['low']) else f", interval {v['low']:.1f} to {v['high']:.1f}"))
         for ax, text in zip(axes, told[:1] if np.isnan(d) else told):
             _at_the_edge(ax, k, text, colour, v['last'] < middle)
         return [], []
