@@ -1,6 +1,6 @@
 """Run by test_processes.py: train on shares of the batch, and leave what each process ends with.
 
-Under torchrun, or as `ddp_worker.py FOLDER 2 3`: so many processes one after the other, forked when all is imported."""
+Under torchrun, or by `forked`: so many processes, copies of one that has imported everything."""
 import os
 import socket
 import sys
@@ -122,11 +122,10 @@ def forked(at, n):
     return [os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children]
 
 
-if __name__ == "__main__":
-    if "RANK" in os.environ:
-        work(sys.argv[1])
-    else:
-        warnings.simplefilter("ignore")
-        import lightning_fabric  # noqa: F401
+def one_after_another(at, *processes):
+    warnings.simplefilter("ignore")
+    sys.exit(any(any(forked(at / str(n), n)) for n in processes))
 
-        sys.exit(any(any(forked(Path(sys.argv[1]) / n, int(n))) for n in sys.argv[2:]))
+
+if __name__ == "__main__":
+    work(sys.argv[1])

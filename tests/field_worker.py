@@ -1,8 +1,5 @@
 """Run by test_field.py in two processes: losses that remember,
 inside DistributedDataParallel on uneven shares of a batch; each leaves what it remembers."""
-import os
-import sys
-
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -47,9 +44,3 @@ def work(rank, meeting, out):
     torch.save(state(DistributedDataParallel(Criterion()), CUT[rank]), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
-
-if __name__ == "__main__":          # one process imports, and a copy of it is the second
-    copy = os.fork()
-    work(int(copy != 0), *sys.argv[1:])
-    if copy:
-        sys.exit(os.waitstatus_to_exitcode(os.waitpid(copy, 0)[1]))

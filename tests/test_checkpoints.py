@@ -1,8 +1,6 @@
 """Checkpoints: read whole and unchanged, or refused with the reason, and the one before is used; one run in a folder at a time."""
 import json
 import os
-import subprocess
-import sys
 import warnings
 
 import pytest
@@ -11,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_helpers import one_line
+from forked import finish
 from relkd.checkpoints import BadCheckpoint, drop_checkpoint, hold, load_checkpoint, manifest_of, read_checkpoint, save_checkpoint
 
 
@@ -178,20 +177,24 @@ def test_a_full_disk_keeps_no_pieces_and_many_parts_are_removed(tmp_path, monkey
     assert {p.name for p in tmp_path.iterdir()} == kept and read_checkpoint(path, "d")["x"].equal(torch.ones(3))
 
 
+def enter(folder, die=False):
+    hold(folder).__enter__()
+    if die:
+        os.kill(os.getpid(), 9)
+
+
 def test_one_at_a_time_and_the_second_is_told_who_is_there(tmp_path):
     with hold(tmp_path / "runs"):
         message = one_line(lambda: hold(tmp_path / "runs").__enter__(),
                            f"another run (process {os.getpid()}) is at work in {tmp_path / 'runs'}", "--out")
-        code = "import sys; from relkd.checkpoints import hold; hold(sys.argv[1]).__enter__()"
-        done = subprocess.run([sys.executable, "-c", code, tmp_path / "runs"], capture_output=True, text=True)
-        assert done.returncode == 1 and message in done.stderr
+        code, said = finish(enter, tmp_path / "runs", said=tmp_path / "said.txt")
+        assert code == 1 and message in said
     with hold(tmp_path / "runs"):
         pass
 
 
 def test_a_lock_ends_with_its_process_however_it_ends(tmp_path):
-    code = "import os, sys; from relkd.checkpoints import hold; hold(sys.argv[1]).__enter__(); os.kill(os.getpid(), 9)"
-    assert subprocess.run([sys.executable, "-c", code, tmp_path]).returncode == -9
+    assert finish(enter, tmp_path, True, said=tmp_path / "said.txt")[0] == -9
     assert (tmp_path / ".lock").read_text().isdecimal()
     with hold(tmp_path):
         pass

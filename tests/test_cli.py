@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import data_helpers
 from data_helpers import one_line
+from forked import start
 from relkd.checkpoints import hold
 from relkd.cli import numbers, seconds, setting, size
 from relkd.records import load_records
@@ -190,22 +191,29 @@ def test_a_spent_budget_says_how_to_go_on_and_is_no_error(typed, tmp_path):
     assert max(p.stat().st_size for p in tmp_path.glob(".runs/digits-1epochs/group-*.ckpt.????????.*")) <= 40 * 1024
 
 
+def command_line(*words):
+    from relkd.cli import main
+
+    sys.argv = ["relkd", *words]
+    main()
+
+
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_at_a_checkpoint_and_the_same_command_goes_on(tmp_path, relkd_cli, number, code, flags):
+def test_a_signal_stops_at_a_checkpoint_and_the_same_command_goes_on(tmp_path, number, code, flags):
     if number == signal.SIGINT and "slow" not in flags:
         pytest.skip("one of two signals that go one way: --flags slow")
-    command = [sys.executable, "-m", "relkd.cli", "run", "digits", "--seeds", "0", "--rows", "HKD", "--epochs", "12",
-               "--device", "cpu", "--out", str(tmp_path)]
-    p = subprocess.Popen(command, env=relkd_cli.env, cwd=FIGURES.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    p = start(command_line, "run", "digits", "--seeds", "0", "--rows", "HKD", "--epochs", "12", "--device", "cpu",
+              "--out", str(tmp_path / "out"), said=tmp_path / "said.txt", OMP_NUM_THREADS=1)
     deadline = time.time() + 180
-    while not list(tmp_path.glob("records/digits-12epochs/teacher*")) and time.time() < deadline and p.poll() is None:
+    while not list(tmp_path.glob("out/records/digits-12epochs/teacher*")) and time.time() < deadline and p.is_alive():
         time.sleep(.02)
     time.sleep(.3)
-    p.send_signal(number)
-    error = p.communicate(timeout=120)[1]
-    assert (p.returncode == code and f"stopped ({number.name}); 1 of 3 runs are finished" in error
+    os.kill(p.pid, number)
+    p.join(120)
+    error = (tmp_path / "said.txt").read_text()
+    assert (p.exitcode == code and f"stopped ({number.name}); 1 of 3 runs are finished" in error
             and "the same command goes on from there" in error and "Traceback" not in error)
-    assert list(tmp_path.glob(".runs/digits-12epochs/group-*.ckpt")) and not list(tmp_path.glob("**/*.tmp"))
+    assert list(tmp_path.glob("out/.runs/digits-12epochs/group-*.ckpt")) and not list(tmp_path.glob("**/*.tmp"))
 
 
 def test_a_shell_completes_the_names_of_recipes(relkd_cli):

@@ -1,11 +1,10 @@
 """relkd.distributed: two real processes have the gradients of one with the whole batch; whatever is sent arrives, or is refused."""
-import multiprocessing
-
 import distributed_worker as worker
 import pytest
 import torch
 from torch import nn
 
+from forked import start
 from relkd.distributed import Gathered, gather
 from relkd.features import Features
 from relkd.losses import RKD, RKDAngle
@@ -15,15 +14,12 @@ pytestmark = pytest.mark.xdist_group("distributed")         # one worker makes w
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    at, context = tmp_path_factory.mktemp("distributed"), multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "relkd.features", "relkd.losses"])
-    both = [context.Process(target=worker.work, args=(rank, str(at))) for rank in range(2)]
-    for p in both:
-        p.start()
+    at = tmp_path_factory.mktemp("distributed")
+    both = [start(worker.work, rank, str(at), said=at / f"{rank}.txt") for rank in range(2)]
     for p in both:
         p.join(120)
         p.kill()
-    assert [p.exitcode for p in both] == [0, 0]
+    assert [p.exitcode for p in both] == [0, 0], [(at / f"{rank}.txt").read_text() for rank in range(2)]
     return [torch.load(at / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 

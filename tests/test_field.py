@@ -1,10 +1,6 @@
 """What people's loops, wrappers and devices do to a loss:
 the rules of relkd.losses.rules asked of every loss with every option, and those of the networks' side."""
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +9,7 @@ import torch.nn.functional as F
 
 from relkd import losses
 from relkd.data import Batches, load
-from relkd.distill import PAPER_ROWS, Look, Row, Term, starting_weights
+from relkd.distill import PAPER_ROWS, Look, Term, starting_weights
 from relkd.features import Features
 from relkd.heads import CosineLinear
 from relkd.losses.contract import DistillationLoss, as_loss, as_map_pairs, pooled
@@ -23,6 +19,7 @@ from relkd.modes import evaluating, learning
 from relkd.tasks.classify import accuracy, evaluate
 from relkd.tasks.fewshot import embed, prototypical_loss
 from relkd.train import Learner, Schedule, chosen_device, fit
+from forked import start
 from helpers import CASES, DEFAULTS, After, Sized, Tiny, assert_says, case, few_digits, make, randn
 
 
@@ -68,20 +65,21 @@ def test_a_loss_that_breaks_the_rules_is_told_which():
 
 def test_what_two_processes_remember_is_that_of_one(tmp_path):
     """Uneven shares; DDP copies the first process's buffers to the others before each pass."""
-    from field_worker import Criterion, state
+    from field_worker import Criterion, state, work
 
-    worker, env = Path(__file__).with_name("field_worker.py"), {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    done = subprocess.run([sys.executable, worker, tmp_path / "meeting", tmp_path], env=env, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    both = [start(work, r, tmp_path / "meeting", tmp_path, said=tmp_path / f"{r}.txt", GLOO_SOCKET_IFNAME="lo") for r in range(2)]
+    for p in both:
+        p.join(240)
+    assert [p.exitcode for p in both] == [0, 0], [(tmp_path / f"{r}.txt").read_text() for r in range(2)]
     of = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
     whole = Criterion()
-    start = whole.crd.memory_s.clone()
+    before = whole.crd.memory_s.clone()
     want = state(whole)
     assert same(*of)
     for (name, _), a, b in zip(whole.named_buffers(), of[0], want, strict=True):
         if ".4.running" not in name and ".7.running" not in name:       # behind a norm that normalised a share by itself, as PyTorch's does
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, msg=name)
-    assert (whole.crd.memory_s != start).any(1).sum() == 16
+    assert (whole.crd.memory_s != before).any(1).sum() == 16
 
 
 def test_finite_rows_of_an_overflowed_batch_are_taken():

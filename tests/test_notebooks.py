@@ -1,5 +1,4 @@
 """Every notebook executes once, by nbdev's own function, in a process forked from one that has imported the libraries already."""
-import multiprocessing
 import os
 import re
 import subprocess
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from forked import finish
 from helpers import skip_where_triton_cannot_interpret
 from nbdev.doclinks import nbglob
 
@@ -28,26 +28,21 @@ def execute(*command):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-def begin(printed):
-    "In a process of its own: what is said goes to a file; what a library says will break in our lines ends the notebook."
-    with open(printed, "w") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
+def strict():
+    "What a library says will break in our lines ends the notebook."
     for kind in (DeprecationWarning, PendingDeprecationWarning, FutureWarning, RuntimeWarning):
         warnings.filterwarnings("error", category=kind, module=r"__main__$|relkd\b")
     for said in (".*__array__ implementation", ".*__array_wrap__ must accept"):                # of tensors inside matplotlib
         warnings.filterwarnings("error", said, DeprecationWarning)
 
 
-def run_notebook(notebook, skipped, printed):
-    "What nbdev_test does for one notebook."
-    begin(printed)
+def run_notebook(notebook, skipped):
+    "What nbdev_test does for one notebook, in a process of its own."
+    strict()
     from nbdev.test import test_nb
 
     passed, _ = test_nb(ROOT / notebook, skip_flags=skipped, basepath=ROOT)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(not passed)
+    sys.exit(int(not passed))
 
 
 def shown(outputs):
@@ -62,9 +57,9 @@ def shown(outputs):
     return [t for t in texts if t]
 
 
-def compare_with_stored(notebook, skipped, printed):
+def compare_with_stored(notebook, skipped):
     "Run the cells that carry no flag, and compare what they show with what is committed."
-    begin(printed)
+    strict()
     from copy import deepcopy
 
     from execnb.nbio import read_nb
@@ -89,42 +84,26 @@ def compare_with_stored(notebook, skipped, printed):
         if not left_out(cell) and "varies" not in cell.source and shown(cell.get("outputs", [])) != shown(before):
             stale += 1
             print(f"cell {cell['id']} shows {shown(cell['outputs'])}\n  and is committed with {shown(before)}")
-    sys.stdout.flush()
-    os._exit(min(stale, 1))
-
-
-@pytest.fixture(scope="session")
-def forks():
-    "Processes that start where torch and the others are imported already: most of a short notebook's time is imports."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torchvision", "pandas", "matplotlib.pyplot", "seaborn", "nbdev.test",
-                                    "nbdev.doclinks", "nbformat", "pytest", "hypothesis", "sklearn.datasets",
-                                    "lightning.fabric", "relkd.losses", "relkd.cli"])
-    return context
+    sys.exit(min(stale, 1))
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_notebook_executes(notebook, flags, forks, tmp_path):
+def test_notebook_executes(notebook, flags, tmp_path):
     skipped = sorted({"slow", "cuda", "clients"} - set(flags.split()))
     from_records = notebook.startswith("nbs/tables/")         # drawn from committed records: what is shown is what was committed
     target = compare_with_stored if from_records else run_notebook
-    child = forks.Process(target=target, args=(notebook, skipped, tmp_path / "printed"))
-    child.start()
-    child.join()
-    printed = (tmp_path / "printed").read_text()
+    code, printed = finish(target, notebook, skipped, said=tmp_path / "printed", seconds=None)
     skip_where_triton_cannot_interpret(printed)
-    assert child.exitcode == 0, printed
+    assert code == 0, printed
 
 
 @pytest.mark.parametrize("line, fails", [
     ("import warnings; warnings.warn('soon', DeprecationWarning)", True), ("import numpy; numpy.float64(0) / numpy.float64(0)", True),
     ("import warnings; warnings.warn('by the way')", False)])
-def test_what_will_break_in_a_cell_ends_its_notebook(line, fails, forks, tmp_path):
+def test_what_will_break_in_a_cell_ends_its_notebook(line, fails, tmp_path):
     nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(line)]), tmp_path / "a.ipynb")
-    child = forks.Process(target=run_notebook, args=(tmp_path / "a.ipynb", [], tmp_path / "printed"))
-    child.start()
-    child.join()
-    assert child.exitcode == fails, (tmp_path / "printed").read_text()
+    code, printed = finish(run_notebook, tmp_path / "a.ipynb", [], said=tmp_path / "printed")
+    assert code == fails, printed
 
 
 def run_after_triton(*args):
@@ -133,15 +112,14 @@ def run_after_triton(*args):
     run_notebook(*args)
 
 
-def test_triton_may_have_been_imported_before(forks, tmp_path):
+def test_triton_may_have_been_imported_before(tmp_path, flags):
     """One process of `nbdev_test` runs several notebooks, and torch.compile in one of them imports Triton without its interpreter."""
+    if "slow" not in flags:
+        pytest.skip("a notebook once more: --flags slow")
     pytest.importorskip("triton")
-    child = forks.Process(target=run_after_triton, args=("nbs/losses/22_angle_triton.ipynb", ["slow", "cuda"], tmp_path / "printed"))
-    child.start()
-    child.join()
-    printed = (tmp_path / "printed").read_text()
+    code, printed = finish(run_after_triton, "nbs/losses/22_angle_triton.ipynb", ["slow", "cuda"], said=tmp_path / "printed")
     skip_where_triton_cannot_interpret(printed)
-    assert child.exitcode == 0, printed
+    assert code == 0, printed
 
 
 @pytest.mark.parametrize("options", [[], ["--n_workers", "1"]], ids=["as typed", "one worker"])
@@ -214,23 +192,20 @@ def test_run_all_goes_through(notebook, flags):
     assert execute("git", "status", "--porcelain").stdout == before
 
 
-def make_a_page(notebook, printed):
+def make_a_page(notebook):
     "What nbdev's documentation commands do with a notebook before Quarto sees it: exported cells and those that import are executed."
-    begin(printed)
+    strict()
     from execnb.nbio import read_nb
     from nbdev.processors import FilterDefaults
 
     os.environ["IN_TEST"] = "1"
     os.chdir((ROOT / notebook).parent)
     FilterDefaults()(read_nb(ROOT / notebook))
-    os._exit(0)
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_a_page_can_be_made_of_it(notebook, flags, forks, tmp_path):
+def test_a_page_can_be_made_of_it(notebook, flags, tmp_path):
     if "slow" not in flags:
         pytest.skip("exported cells once more: --flags slow")
-    child = forks.Process(target=make_a_page, args=(notebook, tmp_path / "printed"))
-    child.start()
-    child.join()
-    assert child.exitcode == 0, (tmp_path / "printed").read_text()
+    code, printed = finish(make_a_page, notebook, said=tmp_path / "printed")
+    assert code == 0, printed

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ddp_worker
+from forked import finish
 from helpers import Tiny, few_digits, few_shot_toy, figures, same, toy
 from relkd.data import Batches
 from relkd.distill import PAPER_ROWS
@@ -23,11 +24,10 @@ pytestmark = pytest.mark.xdist_group("processes")          # one worker makes wh
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory, relkd_env):
+def forked(tmp_path_factory):
     at = tmp_path_factory.mktemp("processes")
-    done = subprocess.run([sys.executable, HERE / "ddp_worker.py", at, "2", "3"], env=relkd_env | {"GLOO_SOCKET_IFNAME": "lo"},
-                          capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
+    code, said = finish(ddp_worker.one_after_another, at, 2, 3, said=at / "said.txt", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS=1)
+    assert code == 0, said[-3000:]
     return at
 
 

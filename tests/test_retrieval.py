@@ -247,7 +247,9 @@ def small_cars(root):
 
 @pytest.mark.filterwarnings('ignore:.* for training and retrieval')
 @pytest.mark.parametrize('name, place', [('metric/cub', copies.cub), ('metric/cars', small_cars), ('metric/sop', copies.sop)])
-def test_the_papers_recipes_run_on_small_copies(tmp_path, name, place):
+def test_the_papers_recipes_run_on_small_copies(tmp_path, name, place, flags):
+    if name != 'metric/sop' and 'slow' not in flags:
+        pytest.skip('one of three that go one way: --flags slow')
     place(tmp_path / 'data')
     whole, untrained = recipe(name), ImageNet('resnet18', pretrained=False)
     assert whole.teacher == ImageNet('resnet50') and {r.changes['size'] for r in whole.rows} <= {16, 32, 64, 128}

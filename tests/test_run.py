@@ -15,6 +15,7 @@ from PIL import Image
 
 import relkd.tables.run as engine
 from data_helpers import one_line
+from forked import start
 from helpers import After, Tiny, few_shot_toy, figures, same, split_digits, tiny, toy
 from relkd.checkpoints import hold, load_checkpoint, manifest_of, save_checkpoint
 from relkd.data import load
@@ -297,33 +298,26 @@ def test_orphans_are_cleared_and_a_group_under_way_is_not(tmp_path):
     assert not left_over(tmp_path)
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, sys.argv[2])
-import torch
-from helpers import toy
-from relkd.tables.run import run
-from relkd.train import Session
-from dataclasses import replace
-torch.set_num_threads(1)
-r = toy()
-run(replace(r, schedule=replace(r.schedule, epochs=80)), Session(sys.argv[1], 'cpu', every=.01))
-"""
-
-
-def test_kill_minus_nine_and_go_on_bit_for_bit(tmp_path, relkd_cli):
+def long_toy():
     r = toy()
-    r = replace(r, schedule=replace(r.schedule, epochs=80))
-    p = subprocess.Popen([sys.executable, "-c", SCRIPT, tmp_path / "killed", HERE], env=relkd_cli.env,
-                         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return replace(r, schedule=replace(r.schedule, epochs=80))
+
+
+def run_until_killed(out):
+    torch.set_num_threads(1)
+    run(long_toy(), Session(out, "cpu", every=.01))
+
+
+def test_kill_minus_nine_and_go_on_bit_for_bit(tmp_path):
+    r, p = long_toy(), start(run_until_killed, tmp_path / "killed", said=tmp_path / "said.txt")
     deadline = time.time() + 120
-    while not list((tmp_path / "killed").glob("records/toy/teacher*")) and time.time() < deadline and p.poll() is None:
+    while not list((tmp_path / "killed").glob("records/toy/teacher*")) and time.time() < deadline and p.is_alive():
         time.sleep(.005)
-    while not list((tmp_path / "killed").glob(".runs/toy/group-*.ckpt")) and time.time() < deadline and p.poll() is None:
+    while not list((tmp_path / "killed").glob(".runs/toy/group-*.ckpt")) and time.time() < deadline and p.is_alive():
         time.sleep(.005)
-    assert p.poll() is None, p.stderr.read()
+    assert p.is_alive(), (tmp_path / "said.txt").read_text()
     p.kill()
-    p.wait()
+    p.join()
     assert len(list((tmp_path / "killed").glob("records/toy/*"))) == 1
     assert (figures(run(r, session(tmp_path / "killed"))) == figures(run(r, session(tmp_path / "whole")))
             and not left_over(tmp_path / "killed"))
