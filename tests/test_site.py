@@ -46,6 +46,12 @@ def languages():
     return room("languages")
 
 
+def test_every_recipe_has_a_title_in_both_languages():
+    from relkd.catalogue import known_recipes
+
+    assert known_recipes().keys() <= room("recipe_titles").CHINESE.keys()
+
+
 def blocks(html, languages):
     "(the element, what has no neighbour in the other language)"
     page, alone = ET.fromstring(f"<article>{html}</article>"), []
@@ -75,6 +81,7 @@ def test_each_block_has_a_language_and_its_neighbour(languages):
     ("One. · 一。 Two words. · 二。", "One. Two words.", "一。二。"),
     ("[the lesson · 这一课](x)", "the lesson", "这一课"),
     ("$a$ is at most $b$, · `c` · 而且", "x is at most x,", "x而且"),
+    ("- `rkd(*gather(s, t))`：一行。 · One line, and no other.", "rkd(*gather(s, t)) One line, and no other.", "rkd(*gather(s, t)) ：一行。"),
     ("| a | b |\n|---|---|\n| `T` | weights · 权重 |", "a b T weights", "a b T 权重"),
 ])
 def test_where_a_block_is_cut(text, english, chinese, languages):

@@ -5,7 +5,9 @@ import asyncio
 import json
 import shutil
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import lxml.html
@@ -75,7 +77,8 @@ def one_language(article, lang):
     return copy
 
 
-def page(path, out, meta, lonely):
+def page(path, out, meta):
+    "Dress one page; returns its name, and its title, words and markup in each language for the search."
     root = "../" * (len(path.relative_to(out).parts) - 1)
     name = path.relative_to(out).with_suffix("").as_posix()
     doc = lxml.html.fromstring(path.read_text(encoding="utf-8"), parser=lxml.html.HTMLParser(encoding="utf-8"))
@@ -88,9 +91,7 @@ def page(path, out, meta, lonely):
     homes = [(a, a.getparent()) for a in links]
     for a, _ in homes:
         a.drop_tree()
-    alone = []
-    visit(article, element, alone)
-    lonely[name] = [(lang, " ".join(said(e).split())) for e, lang in alone]
+    visit(article, element, [])
     for a, home in homes:
         a.tail = None
         home.append(a)
@@ -109,7 +110,12 @@ def page(path, out, meta, lonely):
     article.insert(0, bar(meta.get(name), root, play))
     doc.set("data-root", root)
     path.write_text("<!doctype html>\n" + lxml.html.tostring(doc, encoding="unicode"), encoding="utf-8")
-    return name, article
+    return name, {lang: read(one_language(article, lang), name) for lang in ("zh", "en")}
+
+
+def read(copy, name):
+    title = next((" ".join(h.text_content().split()) for h in copy.iter("h1")), name)
+    return title, " ".join(copy.text_content().split()), lxml.html.tostring(copy, encoding="unicode")
 
 
 async def search(out, articles):
@@ -117,12 +123,8 @@ async def search(out, articles):
     from pagefind.index import IndexConfig, PagefindIndex
     words = {"zh": [], "en": []}
     async with PagefindIndex(config=IndexConfig(output_path=str(out / "pagefind"))) as index:
-        for name, article in articles:
-            for lang in words:
-                copy = one_language(article, lang)
-                title = next((" ".join(h.text_content().split()) for h in copy.iter("h1")), name)
-                text = " ".join(copy.text_content().split())
-                body = lxml.html.tostring(copy, encoding="unicode")
+        for name, languages in articles:
+            for lang, (title, text, body) in languages.items():
                 whole = f'<html lang="{lang}"><head><title>{title}</title></head><body>{body}</body></html>'
                 await index.add_html_file(url=f"{name}.html?lang={lang}", content=whole)
                 words[lang].append([f"{name}.html", title, text])
@@ -133,8 +135,10 @@ async def search(out, articles):
 def main(folder):
     folder = Path(folder)
     out, meta = folder / "site", json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-    lonely = {}
-    articles = [done for path in sorted(out.glob("**/*.html")) if (done := page(path, out, meta, lonely))]
+    paths = sorted(out.glob("**/*.html"))
+    with ProcessPoolExecutor() as workers:
+        done = workers.map(partial(page, out=out, meta=meta), paths, chunksize=4)
+        articles = [found for found in done if found]
     shutil.copytree(folder / "extra", out, dirs_exist_ok=True)
     asyncio.run(search(out, articles))
     for junk in (out / "objects.inv", out / ".buildinfo", *out.glob("pagefind/pagefind-*ui.*"), out / "pagefind/pagefind-highlight.js"):

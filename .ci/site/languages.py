@@ -110,7 +110,24 @@ def halves(e):
                 found[-1][2].extend(([sign] if sign else []) + some)
             elif some:
                 found.append((lang, sign, list(some)))
-    return kept(found)
+    return kept(answer_first(found))
+
+
+def codes(part):
+    return ["".join(x.itertext()) for a in part if not isinstance(a, str) for x in a.iter() if x.tag == "code"]
+
+
+def answer_first(found):
+    "What begins with lines of code is an answer, of which both languages speak: `x = f(y)`：一行。 · One line."
+    lang, sign, first = found[0]
+    n = next((k for k, a in enumerate(first) if WORD.search(words([a])) or HAN.search(words([a])) or
+              (not isinstance(a, str) and not codes([a]))), len(first))
+    while n and isinstance(first[n - 1], str):
+        n -= 1
+    answer, elsewhere = codes(first[:n]), codes([a for other, _, some in found[1:] for a in some])
+    if n == len(first) or sum(map(len, answer)) < 12 or {*answer} & {*elsewhere}:
+        return found
+    return [("", sign, first[:n]), (lang, "", first[n:]), *found[1:]]
 
 
 def carried(part):

@@ -3,6 +3,7 @@ import math
 import shutil
 
 from common import ROOT, plain, slug, toctree, write
+from recipe_titles import CHINESE
 
 
 def number(v, form=".2f", half=None):
@@ -67,7 +68,7 @@ def tables(source, extra):
     from relkd.tables.paired import table
     from relkd.tables.recipe import recipe
 
-    known, kept = known_recipes(), {}
+    known, kept = {name: f"{title} · {CHINESE[name]}" for name, title in known_recipes().items()}, {}
     for name, title in known.items():
         r = recipe(name)
         try:

@@ -91,6 +91,7 @@ def _train(experiment, learners, protocols, asked, schedule, stream, label, teac
             raise Stopped((s.stop and s.stop.why) or 'another process')
         o = l.objective
         more = {'measured': {str(l.row.all_terms[k]): o.weight(k) for k in o.measured}} if o.measured else {}
+        if s.graphed(e.fabric): more['graphs'] = True
         _finish(e, l.task, p, l.model, l.epochs, of_teacher, **more, seconds=round(seconds, 1),
                 trained_beside=len(learners),
                 images_per_second=round(images / max(seconds, 1e-9), 1))
