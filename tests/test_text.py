@@ -73,7 +73,7 @@ def test_what_is_missing_says_how_to_get_it(tmp_path, monkeypatch):
         wordnet()
     monkeypatch.undo()
     monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "wordllama").exists()])
-    with pytest.raises(ImportError, match=r'relkd.data.text needs wordllama: pip install "relkd\[text\]"'):
+    with pytest.raises(ValueError, match=r'relkd.data.text needs wordllama: pip install "relkd\[text\]"'):
         text.wordllama(["a text"])
 
 

@@ -145,7 +145,7 @@ class _Read(_Divided):
         r = self.splits[split]
         return self.passages.given[self.order[r.start:r.stop]].float()
 
-# %% ../../nbs/data/17_text.ipynb #e352b3b0
+# %% ../../nbs/data/17_text.ipynb #5fe95be7
 class Texts(_Read):
     "Texts with given embeddings, as the engine takes a data set."
     @cached_property
@@ -162,9 +162,7 @@ class Texts(_Read):
 
     def to(self, device) -> 'Texts':
         "The same with labels, and so batches, on `device`."
-        moved = replace(self, labels=self.labels.to(device))
-        moved.__dict__.update({k: self.__dict__[k] for k in ('fingerprint',) if k in self.__dict__})
-        return moved
+        return replace(self, labels=self.labels.to(device))
 
     def __repr__(self):
         parts = ', '.join(f'{n:,} {s}' for s, n in self.counts.items())
@@ -244,15 +242,17 @@ def wordnet_folder() -> Path:
                      f"{', '.join(map(str, places))}: apt-get install wordnet-base, or put Princeton's "
                      f"WordNet-3.0.tar.gz or NLTK's wordnet.zip, unpacked, into {root}")
 
-# %% ../../nbs/data/17_text.ipynb #6a9d9ee3
+# %% ../../nbs/data/17_text.ipynb #4da8f85a
 def wordllama(
     texts,          # of str
     most:int=48,    # tokens that are read of a text
 ) -> torch.Tensor: # (N, 256) float32, of length 1
-    "Means of the token vectors in wordllama's wheel. Raises ImportError that says what to install."
-    home = Path(find_spec('wordllama').submodule_search_locations[0])
-    from safetensors.torch import load_file
-    from tokenizers import Tokenizer
+    "Means of the token vectors in wordllama's wheel. Raises ValueError that says what to install."
+    try:
+        home = Path(find_spec('wordllama').submodule_search_locations[0])
+        from safetensors.torch import load_file
+        from tokenizers import Tokenizer
+    except ImportError as error: raise ValueError(f"the teacher cannot be read: {error}") from None
     tokenizer = Tokenizer.from_file(str(home / 'tokenizers' / 'l2_supercat_tokenizer_config.json'))
     table, = load_file(home / 'weights' / 'l2_supercat_256.safetensors').values()
     tokens = [e.ids[:most] for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
