@@ -76,7 +76,7 @@ class _Bag(nn.Module):
     def forward(self, x): # (B, D + W) -> (B, width)
         return _Mean.apply(self.table, _shared(x, self.skip, len(self.table)))
 
-# %% ../../nbs/tasks/05_text.ipynb #4019eeda
+# %% ../../nbs/tasks/05_text.ipynb #ddc6e9ad
 @dataclass(frozen=True)
 class NGrams:
     "A student that adds up hashed n-grams; called as `relkd.models.create` calls a function."
@@ -84,13 +84,13 @@ class NGrams:
     std:float=.1          # of the first vectors
 
     def __call__(self,
-        outputs:int,  # numbers of its embedding
+        outputs:int,  # numbers of its embedding; None: 64
         channels:int, # numbers of the teacher in front of each batch
     ) -> nn.Module:
         "The network. Raises ValueError for a number of rows that hashes cannot be folded to."
         if self.buckets < 1 or HASHES % self.buckets:
             raise ValueError(f"a table of n-grams has 1, 2, 4, ... or {HASHES:,} rows; got {self.buckets:,}")
-        return _Bag(outputs, channels, self.buckets, self.std)
+        return _Bag(outputs or 64, channels, self.buckets, self.std)
 
     def __str__(self): return f'mean of {self.buckets:,} hashed n-grams'
 
