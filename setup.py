@@ -10,7 +10,7 @@ config.read(here / "settings.ini", encoding="utf-8")
 readme = here / "README.md"
 cfg = config["DEFAULT"]
 extras = {"lab": cfg["lab_requirements"].split()}                 # every other extra stands on the lab
-for name in ("metric", "slurm", "clients", "dev"):
+for name in ("metric", "slurm", "text", "clients", "dev"):
     extras[name] = [*extras["lab"], *cfg[f"{name}_requirements"].split()]
 extras["dev"] += [*extras["metric"], *extras["slurm"]]
 extras["site"] = cfg["site_requirements"].split()                # its own environment, without the package

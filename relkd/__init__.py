@@ -17,6 +17,7 @@ EXTRAS = {             # modules that an extra brings
            'typer PIL pooch'.split(),
     'metric': ['pytorch_metric_learning'],
     'slurm': ['submitit'],
+    'text': ['wordllama', 'tokenizers'],
 }
 
 def extra_of(

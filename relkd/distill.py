@@ -87,6 +87,7 @@ class Row:
     task:float=1.    # weight of the task's own loss; at 0 it is not computed
     before:tuple=()  # of Stage
     changes:dict=field(default_factory=dict, metadata={'later': True}) # of the task: {'l2': True}
+    rate:float=field(default=0., metadata={'later': True}) # times the schedule's rate; 0: as it is
 
     def __post_init__(self):
         if not (self.name.isprintable() and 0 < len(self.name) <= 200):
@@ -115,6 +116,7 @@ class Row:
         "The row as one line."
         main = ' + '.join([*([f'{self.task:g} {task}'] if self.task else []), *map(str, self.terms)])
         changed = ''.join(f', {k} {v}' for k, v in self.changes.items())
+        changed += f', rate x {self.rate:g}' if self.rate else ''
         return ', then '.join([*map(str, self.before), main + changed])
 
     def __str__(self): return self.in_words()
@@ -166,6 +168,10 @@ class Look:
             self._parts[key] = loss.teacher_part(given)
         return self._parts[key]
 
+    def everything(self) -> tuple: # layer -> tensor, and what was shared so far
+        "The features, and the parts that losses have asked for."
+        return self.features, self._parts
+
 # %% ../nbs/lab/03_distill.ipynb #7d7072ac
 def _terms_of(row, stage): # places among all terms of the row
     "The terms of a stage: the main one's stand first, then those of the stages before, in their order."
@@ -216,9 +222,8 @@ class _Weighed(nn.Module):
             self._numbers.pop(k, None)
 
 # %% ../nbs/lab/03_distill.ipynb #8d3c657d
-class Objective(_Weighed):
-    """The objective of one student: `row.task` times the task's loss plus the row's terms;
-    in a stage before, its terms alone."""
+class _Built(_Weighed):
+    "The losses of a row, made and weighed."
     def __init__(self, row:Row, task:Task=Task(), # by default the cross-entropy of classification
     ):
         super().__init__(row)
@@ -239,6 +244,15 @@ class Objective(_Weighed):
                 s, t = _pick(student, term.student), _pick(teacher, term.teacher)
                 self.losses[key] = term.build(s, t, labels)
         return self
+
+# %% ../nbs/lab/03_distill.ipynb #3f37e63c
+class Objective(_Built):
+    """The objective of one student: `row.task` times the task's loss plus the row's terms;
+    in a stage before, its terms alone."""
+    def reads(self, stage:int=None) -> list: # of (loss, layer): what `Look.part` is asked for
+        "What the terms of a stage read of the teacher."
+        return [(self.losses[self._keys[k]], self.row.all_terms[k].teacher)
+                for k in _terms_of(self.row, stage)]
 
     def forward(self,
         student:dict,              # layer -> tensor, of the student

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'NEEDED', 'environment', 'make_record', 'cell_name', 'record_path', 'write_record', 'upgraded',
-           'wrong_fields', 'read_record', 'elsewhere', 'load_records', 'diverged', 'to_tensorboard']
+           'wrong_fields', 'read_record', 'elsewhere', 'load_records', 'present', 'diverged', 'to_tensorboard']
 
 # %% ../nbs/lab/21_records.ipynb #994c79f8
 import json
@@ -206,6 +206,15 @@ def load_records(
     if not found:
         raise ValueError(f"no records of {recipe!r} in {folder}: run the recipe first{elsewhere(out)}")
     return [record for _, record in found.values()]
+
+def present(
+    path, # of a file or folder that the repository has
+) -> Path: # the same. Raises ValueError, with what to fetch, where it is not
+    "What a page reads and a package does not bring."
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"no {path.name} in {path.parent}{elsewhere(path.parent)}")
+    return path
 
 # %% ../nbs/lab/21_records.ipynb #ab07f8f0
 def diverged(

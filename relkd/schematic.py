@@ -6,12 +6,15 @@
 __all__ = ['SCHEMATICS', 'schematic', 'idea']
 
 # %% ../nbs/lab/35_schematic.ipynb #2963f064
+from itertools import product
 from types import MappingProxyType
 
 # %% ../nbs/lab/35_schematic.ipynb #5f3b5a42
 SCHEMATICS = MappingProxyType({ # name of a loss -> layers, drawing of what is read, words; parts beside them
     'RKD': dict(reads=('embedding',), icon='points', compares='distances and angles\nbetween the samples'),
     'KD': dict(reads=('logits',), icon='bars', compares='softened class\nprobabilities'),
+    'DKD': dict(reads=('logits',), icon='split', compares="the label's class,\nand the others apart"),
+    'DIST': dict(reads=('logits',), icon='table', compares='correlations: each sample,\neach class'),
     'FitNet': dict(reads=('stage 2',), icon='map', compares='every number of the map', student='regressor'),
     'AT': dict(reads=('stage 1', 'stage 2', 'stage 3'), icon='attention',
                compares='where in the image the energy is'),
@@ -82,18 +85,24 @@ def _icon(ax, kind, x, y, colour): # 0.7 wide and high
     if kind in _CELLS:
         n = 4 if kind == 'matrix' else 3
         side = .66 / n
-        for i in range(n):
-            for j in range(n):
-                ax.add_patch(Rectangle((x - .33 + side * j, y + .33 - side * (i + 1)), side, side, lw=0,
-                                       facecolor=colour, alpha=min(_CELLS[kind](i, j), 1.)))
+        for i, j in product(range(n), repeat=2):
+            ax.add_patch(Rectangle((x - .33 + side * j, y + .33 - side * (i + 1)), side, side, lw=0,
+                                   facecolor=colour, alpha=min(_CELLS[kind](i, j), 1.)))
         ax.add_patch(Rectangle((x - .33, y - .33), .66, .66, fill=False, edgecolor=colour, lw=.8))
     elif kind == 'points':
-        xs, ys = [x - .3, x + .32, x - .02], [y - .2, y - .08, y + .3]
-        ax.fill(xs, ys, fill=False, edgecolor=colour, lw=.9)
-        ax.plot(xs, ys, 'o', color=colour, ms=4)
-    elif kind == 'bars':
+        corners = [x - .3, x + .32, x - .02], [y - .2, y - .08, y + .3]
+        ax.fill(*corners, fill=False, edgecolor=colour, lw=.9)
+        ax.plot(*corners, 'o', color=colour, ms=4)
+    elif kind in ('bars', 'split'):
         for k, h in enumerate((.62, .38, .16, .09)):
             ax.add_patch(Rectangle((x - .34 + .18 * k, y - .3), .13, h, color=colour))
+        if kind == 'split': ax.plot([x - .185] * 2, [y - .36, y + .36], color=_GRADIENT, lw=1.2, ls=':')
+    elif kind == 'table':
+        for k, h in enumerate((.9, .2, .5, .15, .2, .8, .3, .6, .4, .1, .85, .25)):
+            ax.add_patch(Rectangle((x - .34 + .17 * (k % 4), y - .33 + .22 * (k // 4)), .15, .2, lw=0,
+                                   facecolor=colour, alpha=h))
+        for place in ((x - .36, y - .125, .7, .24), (x - .005, y - .35, .18, .7)):
+            ax.add_patch(Rectangle(place[:2], *place[2:], fill=False, edgecolor=_GRADIENT, lw=1.))
     elif kind == 'channels':
         for k in range(4):
             ax.add_patch(Rectangle((x - .36 + .12 * k, y - .28 + .08 * k), .36, .34, fc='white',

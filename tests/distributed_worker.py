@@ -10,10 +10,10 @@ from torch.nn.parallel import DistributedDataParallel as DDP
 
 from relkd.distributed import Gathered, gather
 from relkd.features import Features
-from relkd.losses import CC, CRD, KD, PKT, RKD, SP, FitNet, RKDAngle, RKDDistance
+from relkd.losses import CC, CRD, DIST, DKD, KD, PKT, RKD, SP, FitNet, RKDAngle, RKDDistance
 
 LOSSES = {"RKD-D": RKDDistance, "RKD-A": RKDAngle, "RKD-DA": RKD, "SP": SP, "PKT": PKT, "CC": CC, "KD": KD,
-          "FitNet": lambda: FitNet(16, 24)}
+          "DKD": lambda: DKD(classes=torch.arange(N) % 5), "DIST": DIST, "FitNet": lambda: FitNet(16, 24)}
 SHARES = {"even": [(0, 6), (6, 12)], "uneven": [(0, 9), (9, 12)], "one alone": [(0, 11), (11, 12)]}
 N = 12
 ALONE = [(0, N)]
@@ -38,12 +38,12 @@ def step(loss, mine, how, several):
     x, y = (v[slice(*mine)] for v in data())
     torch.manual_seed(7)
     distil, student, index = loss(), net(16, 1), torch.arange(N)[slice(*mine)]
-    own = {"index": index} if isinstance(distil, CRD) else {}
+    own = {"index": index} if isinstance(distil, (CRD, DKD)) else {}
     model = nn.ModuleList([DDP(student) if several else student, distil])
     layers = ["2:input", "logits"]
     read, teacher = Features(model[0], layers, gather=how == "Features"), Features(net(24, 2), layers, frozen=True)
     s, t = read(x), teacher(x)
-    layer = "logits" if isinstance(distil, KD) else "2:input"
+    layer = "logits" if isinstance(distil, (KD, DKD, DIST)) else "2:input"
     if how == "Features":
         t, y, own = gather(t, y, own)
     elif how == "gather":

@@ -36,6 +36,10 @@ def made(cls, *sizes, seed=0, dtype=torch.float32, **options):
         return cls(*sizes, **options).to(dtype)
 
 
+def _logits(n, k):
+    return [(n, 10)], [(n, 10)]
+
+
 def _embeddings(n, k):
     return [(n, 6 * k)], [(n, 5 * k)]
 
@@ -51,7 +55,14 @@ def _chain(n, k):
 
 def _table():
     L = losses
-    yield "KD", L.KD, lambda n, k: [[(n, 10)], [(n, 10)]]
+    yield "KD", L.KD, _logits
+    yield "KD standardised", lambda: L.KD(2., standardise=True), _logits
+    for name, options in (("DKD", {}), ("DKD standardised", {"standardise": True}), ("DKD target", {"beta": 0.}),
+                          ("DKD others", {"alpha": 0., "T": 1.})):
+        yield name, lambda options=options: L.DKD(classes=torch.arange(2000) % 10, **options), _logits
+    for name, options in (("DIST", {}), ("DIST standardised", {"tau": 2., "standardise": True}),
+                          ("DIST inter", {"gamma": 0.}), ("DIST intra", {"beta": 0., "tau": 4.})):
+        yield name, lambda options=options: L.DIST(**options), _logits
     for options in ({}, {"distinct": True}):
         for cls in (L.RKD, L.RKDDistance, L.RKDAngle, L.PKT):
             yield cls.__name__ + " distinct" * bool(options), lambda cls=cls, options=options: cls(**options), _embeddings
@@ -100,7 +111,9 @@ def case(name, n=8, k=1, dtype=torch.float32):
     """A loss, a batch of n for it of the student and one of the teacher, each a list of layers, and what it is told beside them."""
     g = gen()
     s, t = ([torch.randn(shape, generator=g).to(dtype) for shape in shapes] for shapes in CASES[name][1](n, k))
-    more = {"index": torch.arange(n), "negatives": torch.arange(7 * n).view(n, 7) % 2000} if name.startswith("CRD") else {}
+    more = {"index": torch.arange(n)} if name.startswith(("CRD", "DKD")) else {}
+    if name.startswith("CRD"):
+        more["negatives"] = torch.arange(7 * n).view(n, 7) % 2000
     return make(name), s, t, more
 
 

@@ -97,7 +97,7 @@ def test_what_an_engine_may_ask_of_any_loss(name):
         if not name.startswith("CRD"):                       # which remembers samples
             assert torch.equal(called(loss, t, {"index": torch.arange(8)})(*s), value)
             if not name.startswith("FT") or name == "FTShortcut":
-                assert torch.equal(loss.prepare(as_given(s), as_given(t), None), value)
+                assert torch.equal(loss.prepare(as_given(s), as_given(t), more.get("index")), value)
         shares = []
         for rank in range(3):
             loss.split(rank, 3)
@@ -295,7 +295,8 @@ def test_what_is_wrong_with_a_batch_is_said_in_one_line(name, problem, change, m
     assert_says(lambda: called(loss, t, more)(*s), message)
 
 
-@pytest.mark.parametrize("name, least", [("KD", 1), ("RKD", 3), ("RKDDistance", 3), ("RKDAngle", 3), ("CC", 2), ("SP", 2),
+@pytest.mark.parametrize("name, least", [("KD", 1), ("DKD", 1), ("DIST", 3), ("DIST inter", 1),
+                                         ("RKD", 3), ("RKDDistance", 3), ("RKDAngle", 3), ("CC", 2), ("SP", 2),
                                          ("PKT", 2), ("PKT distinct", 3), ("CRD", 1), ("AT", 1), ("FitNet", 1), ("FSP", 1)])
 def test_too_small_a_batch_is_said_in_one_line(name, least):
     loss, s, t, more = case(name, 8)

@@ -323,7 +323,8 @@ def test_pooling_by_windows_is_the_adaptive_one(largest):
 
 # ---- input that can teach nothing, or is masked
 
-OPTIONS = [(losses.KD, "T"), (losses.AT, "p"), (losses.FTShortcut, "p"), (losses.CC, "gamma"), (losses.PKT, "eps"),
+OPTIONS = [(losses.KD, "T"), (losses.DKD, "T"), (losses.DKD, "alpha"), (losses.DKD, "beta"), (losses.DIST, "beta"), (losses.DIST, "gamma"),
+           (losses.DIST, "tau"), (losses.AT, "p"), (losses.FTShortcut, "p"), (losses.CC, "gamma"), (losses.PKT, "eps"),
            (losses.NST, "c"), (losses.NST, "sigma2"), (losses.RKD, "w_distance"), (losses.RKD, "w_angle"),
            *((lambda cls=cls, **o: cls(4, 6, **o), option)
              for cls, options in ((losses.VID, "init_variance eps"), (losses.AB, "margin scale"), (losses.OFD, "scale"),

@@ -9,7 +9,7 @@ import torch
 from data_helpers import one_line
 from relkd.bench.measure import load_benchmarks
 from relkd.ground import digest
-from relkd.records import (VERSION, _commit, cell_name, environment, load_records, make_record, read_record, record_path,
+from relkd.records import (VERSION, _commit, cell_name, environment, load_records, make_record, present, read_record, record_path,
                            to_tensorboard, upgraded, write_record)
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -177,3 +177,9 @@ def test_event_files_call_a_validation_what_it_is(tmp_path, monkeypatch):
     assert to_tensorboard([record(recipe="a/b"), few_shot_record()], tmp_path) == 2
     assert written == [("a-b/hkd-seed0", "loss", 2., 1), ("a-b/hkd-seed0", "accuracy", 91., 1), ("a-b/hkd-seed0", "accuracy", 90., 2),
                        ("t/rkd-d-1-shot-seed0", "loss", 2., 1), ("t/rkd-d-1-shot-seed0", "validation", 50.9, 1)]
+
+
+def test_what_only_the_repository_has_is_named(tmp_path):
+    assert present(tmp_path) == tmp_path
+    one_line(lambda: present(tmp_path / "a.csv"), f"no a.csv in {tmp_path}")
+    one_line(lambda: present(tmp_path / "b" / "a.csv"), "there is no such folder: the committed ones lie in the repository, in figures/")

@@ -40,4 +40,8 @@ CHINESE = {
     "tinyimagenet/paper": "RKD论文表4的Tiny ImageNet一列",
     "tinyimagenet/cpu": "两个CPU核上的Tiny ImageNet：全部类别和图片，32 × 32，一对小网络，四行",
     "text/wordnet": "WordNet释义上的文本嵌入：64个数的学生跟256个数的教师学",
+    "text/wordnet-32": "WordNet释义上的文本嵌入：32个数的学生",
+    "text/wordnet-16": "WordNet释义上的文本嵌入：16个数的学生",
+    "text/rates": "WordNet释义：在验证集上为每一行选学习率",
+    "text/pca": "WordNet释义：把教师的嵌入用主成分截短，不训练",
 }

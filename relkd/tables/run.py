@@ -91,6 +91,7 @@ def _train(experiment, learners, protocols, asked, schedule, stream, label, teac
             raise Stopped((s.stop and s.stop.why) or 'another process')
         o = l.objective
         more = {'measured': {str(l.row.all_terms[k]): o.weight(k) for k in o.measured}} if o.measured else {}
+        if s.graphed(e.fabric): more['graphs'] = True
         _finish(e, l.task, p, l.model, l.epochs, of_teacher, **more, seconds=round(seconds, 1),
                 trained_beside=len(learners),
                 images_per_second=round(images / max(seconds, 1e-9), 1))
@@ -137,8 +138,8 @@ def _teacher(experiment, group):
         _fill(net, load_checkpoint(e.path(protocol), digest(protocol))['model'], e.path(protocol))
     elif weights := _finished(e, protocol):
         _fill(net, weights, e.path(protocol))
-    elif r.teacher_weights:
-        tests = _given(e, group, task, net)
+    elif r.teacher_weights or not any(p.requires_grad for p in net.parameters()):
+        tests = _given(e, group, task, net) if r.teacher_weights else task.test(net, e.data)
         _finish(e, task, protocol, net, [], None, tests, seconds=0., trained_beside=0, images_per_second=0.)
     else:
         _begin(e, 'teacher', [net])

@@ -7,6 +7,7 @@ __all__ = ['Learner']
 
 # %% ../../nbs/lab/13_learner.ipynb #ff69edd4
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -29,7 +30,8 @@ class _Parts:
         seed:int=0,
         task:Task=Task(),   # by default classification with the cross-entropy
     ):
-        self.model, self.row, self.schedule, self.seed, self.task = model, row, schedule, seed, task
+        self.model, self.row, self.seed, self.task = model, row, seed, task
+        self.schedule = replace(schedule, lr=schedule.lr * row.rate) if row.rate else schedule
         self.objective = Objective(row, task)
         self.read = Features(model, self.objective.student_layers)
         self.stage = 0 if row.before else None                  # the main stage is None
@@ -79,9 +81,10 @@ class _Staged(_Parts):
     def state(self) -> dict:
         "Everything that the next step depends on."
         losses = torch.stack(self._losses).tolist() if self._losses else []
+        optimiser = self.optimiser.state_dict()
+        optimiser['param_groups'] = [g | {'lr': float(g['lr'])} for g in optimiser['param_groups']]
         return {'model': self.model.state_dict(), 'objective': self.objective.state_dict(),
-                'epochs': self.epochs,
-                'optimiser': self.optimiser.state_dict(), 'stage': self.stage, 'losses': losses}
+                'epochs': self.epochs, 'optimiser': optimiser, 'stage': self.stage, 'losses': losses}
 
     def load(self, state:dict):
         "Go on from what `state` returned."
@@ -93,8 +96,42 @@ class _Staged(_Parts):
         self.optimiser.load_state_dict(state['optimiser'])
         self._losses = [torch.tensor(l, device=device) for l in state['losses']]
 
+# %% ../../nbs/lab/13_learner.ipynb #234ca1a3
+class _Working(_Staged):
+    "One step, in its parts."
+    def prepare(self, time:float, number:int):
+        "What changes from step to step: the random numbers, and the learning rate."
+        seeded(step_seed(self.seed, number))
+        lr = self.schedule.at(time) if self.stage is None else self.schedule.lr
+        for group in self.optimiser.param_groups:
+            if isinstance(group['lr'], torch.Tensor):            # in memory that a recorded step reads
+                group['lr'].fill_(lr)
+            else:
+                group['lr'] = lr
+
+    def work(self, fabric, x:torch.Tensor, teacher:Look, labels, index) -> torch.Tensor: # the loss
+        "What is the same in every step: forward, backward, update."
+        with fabric.autocast():
+            found = self.read(x)
+        loss = self.objective(gathered(fabric, found), teacher, labels, index, self.stage)
+        self.optimiser.zero_grad(set_to_none=True)
+        fabric.backward(loss)
+        average_gradients(fabric, self.optimiser)
+        self.optimiser.step()
+        return loss.detach()
+
+    def note(self, loss:torch.Tensor):
+        "Keep the loss of a step for the mean of its epoch."
+        self._losses.append(loss)
+
+    def tensors(self) -> list:
+        "Everything that a step changes."
+        states = self.optimiser.state.values()
+        return [*self.model.state_dict().values(), *self.objective.state_dict().values(),
+                *(t for s in states for t in s.values() if isinstance(t, torch.Tensor))]
+
 # %% ../../nbs/lab/13_learner.ipynb #bc821e11
-class Learner(_Staged):
+class Learner(_Working):
     """A network in training with its objective, optimiser and schedule.
     Equal seeds give equal results, alone or beside others."""
     def step(self,
@@ -107,18 +144,8 @@ class Learner(_Staged):
         index:torch.Tensor,# (B,) which of the training samples these are
     ):
         "One update on one batch; the loss stays on the device."
-        seeded(step_seed(self.seed, number))
-        lr = self.schedule.at(time) if self.stage is None else self.schedule.lr
-        for group in self.optimiser.param_groups:
-            group['lr'] = lr
-        with fabric.autocast():
-            found = self.read(x)
-        loss = self.objective(gathered(fabric, found), teacher, labels, index, self.stage)
-        self.optimiser.zero_grad(set_to_none=True)
-        fabric.backward(loss)
-        average_gradients(fabric, self.optimiser)
-        self.optimiser.step()
-        self._losses.append(loss.detach())
+        self.prepare(time, number)
+        self.note(self.work(fabric, x, teacher, labels, index))
 
     def end_epoch(self,
         fabric,

@@ -19,6 +19,7 @@ from ..distill import Look, measure
 from ..features import Features
 from ..ground import stage_stream
 from ..modes import evaluating, learning
+from .graphs import Replayed
 from .processes import asked_by_any, gathered, share
 from .session import Saver, Session, Stdout, Stopped
 
@@ -103,6 +104,15 @@ class _Ready(_Looking):
             l.split(fabric.global_rank, fabric.world_size)
         _measure(learners, teacher, stream, fabric)
 
+    def taking_part(self, moment:Moment) -> list:
+        "The learners that train in this moment."
+        return [l for l in self.learners if l.takes_part(moment.stage, moment.epoch)]
+
+    def now(self, moment:Moment, b:int) -> tuple: # the time in epochs, and the number of the step
+        "Where a batch of a moment stands in the whole course."
+        steps = len(self.stream)
+        return moment.epoch + b / steps, moment.stream * steps + b
+
 # %% ../../nbs/lab/14_fit.ipynb #ea5c7764
 class Together(_Ready):
     """Learners side by side with their teacher, built and ready to step.
@@ -121,12 +131,10 @@ class Together(_Ready):
     ):
         "The teacher looks once, then every learner that takes part in this moment takes its step."
         index, x, labels = batch
-        mine, steps = share(self.fabric, x), len(self.stream)
+        mine = share(self.fabric, x)
         look = self.look(mine)
-        when, number = moment.epoch + b / steps, moment.stream * steps + b
-        for l in self.learners:
-            if l.takes_part(moment.stage, moment.epoch):
-                l.step(self.fabric, when, number, mine, look, labels, index)
+        for l in self.taking_part(moment):
+            l.step(self.fabric, *self.now(moment, b), mine, look, labels, index)
 
     def end(self,
         moment:Moment,
@@ -199,6 +207,10 @@ def _end(walk, side_by_side, moment, data, watch):
     walk.longest = max(walk.longest, time.perf_counter() - testing)
     walk.at, walk.done = walk.at + 1, 0
 
+def _side_by_side(learners, stream, teacher, session, fabric):
+    together = Together(learners, stream, teacher, fabric)
+    return Replayed(together) if session.graphed(fabric) else together
+
 # %% ../../nbs/lab/14_fit.ipynb #ac43da6f
 def fit( learners:list,          # of Learner
     stream,                 # a relkd.data.Stream
@@ -217,14 +229,14 @@ def fit( learners:list,          # of Learner
     data = getattr(stream, 'data', None) if data is None else data
     names = [str(k) for k in range(len(learners))] if names is None else names
     fabric = session.fabric()
-    side_by_side, course = Together(learners, stream, teacher, fabric), moments(learners, epochs)
+    side_by_side = _side_by_side(learners, stream, teacher, session, fabric)
+    course = moments(learners, epochs)
     walk = _Walk(learners, names, session, fabric, saver)
     todo, hidden = course[walk.at:], not session.progress or not fabric.is_global_zero
     if not hidden:
         _say_measured(learners)
     bar = tqdm(total=len(course), initial=walk.at, desc=label, unit='epoch', disable=hidden, file=Stdout(),
-               ascii=' #', ncols=96,
-               mininterval=.5)
+               ascii=' #', ncols=96, mininterval=.5)
     with bar, side_by_side.under_way():
         for moment in todo:
             _steps(walk, side_by_side, moment)
