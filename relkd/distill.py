@@ -104,21 +104,19 @@ class Row:
     ) -> Task:
         """The task as this row learns it. Raises ValueError for a change
         that the task does not leave to a row."""
-        for name in self.changes:
-            if name not in task.of_a_row:
-                left = ', '.join(task.of_a_row) or 'nothing'
-                raise ValueError(f"row {self.name!r} changes {name!r} of {type(task).__name__}, which leaves "
-                                 f"{left} to its rows")
+        for name in (c for c in self.changes if c not in task.of_a_row):
+            left = ', '.join(task.of_a_row) or 'nothing'
+            raise ValueError(f"row {self.name!r} changes {name!r} of {type(task).__name__}, which leaves "
+                             f"{left} to its rows")
         return replace(task, **self.changes)
 
     def in_words(self, task:str='CE', # what the task's own loss is called
     ) -> str:
         "The row as one line."
         main = ' + '.join([*([f'{self.task:g} {task}'] if self.task else []), *map(str, self.terms)])
-        changed = ''.join(f', {k} {v}' for k, v in self.changes.items())
-        changed += f', rate x {self.rate:g}' if self.rate else ''
-        return ', then '.join([*map(str, self.before), main + changed])
-
+        changed = self.changes | ({'rate x': f'{self.rate:g}'} if self.rate else {})
+        main += ''.join(f', {k} {v}' for k, v in changed.items())
+        return ', then '.join([*map(str, self.before), main])
     def __str__(self): return self.in_words()
 
 # %% ../nbs/lab/03_distill.ipynb #3afab06d
