@@ -62,9 +62,10 @@ class _Bag(nn.Module):
         self.table = nn.Parameter(std * torch.randn(buckets, width))
 
     def forward(self, x): # (B, D + W) -> (B, width)
-        b = getattr(x, 'bags', None)                    # students side by side share the lists of a batch
-        if b is None:
-            b = x.bags = bags(x[:, self.skip:], len(self.table))
+        of, b = getattr(x, 'bags', (None, None))        # students side by side share the lists of a batch
+        if of != x._version:                            # another batch may lie in the same memory
+            b = bags(x[:, self.skip:], len(self.table))
+            x.bags = x._version, b
         return _Mean.apply(self.table, b)
 
 # %% ../../nbs/tasks/05_text.ipynb #4019eeda
