@@ -1,5 +1,6 @@
 """Texts with given embeddings: what is read, what is refused, and the recipe trained on a corpus made up here."""
 import sys
+import warnings
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_what_is_missing_says_how_to_get_it(tmp_path, monkeypatch):
         wordnet()
     monkeypatch.undo()
     monkeypatch.setattr(sys, "path", [p for p in sys.path if not (Path(p) / "wordllama").exists()])
-    with pytest.raises(ImportError, match=r'relkd.data.text needs wordllama: pip install "relkd\[text\]"'):
+    with pytest.raises(ValueError, match=r'relkd.data.text needs wordllama: pip install "relkd\[text\]"'):
         text.wordllama(["a text"])
 
 
@@ -135,6 +136,18 @@ def test_the_recipe_trains_stops_and_goes_on(tmp_path):
     new = Passages(["a small unseen horse", "一匹马"])
     with torch.no_grad():
         assert net(new.packed(width=data.channels)).shape == (2, 6)
+
+
+def test_recorded_steps_read_their_own_batch(tmp_path):
+    """The fault: lists kept with a batch were those of the batch before, once its memory held another."""
+    of = replace(RECIPE, rows=RECIPE.rows[:2], schedule=replace(RECIPE.schedule, optimiser="SGD"))    # Adam rounds a rate in memory
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        plain, on = ([r["weights"] for r in run(of, Session(out=tmp_path / g, device="cpu", graphs=g))] for g in ("off", "on"))
+    assert plain == on and any("not replayed but done step by step" in str(w.message) for w in said)
+    net, x = NGrams(256)(3, 0), torch.randint(1, 256, (4, 9)).float()
+    first = net(x)
+    assert net(x).equal(first) and not net(x.copy_(x.flip(0))).equal(first) and net(x).equal(first.flip(0))
 
 
 def test_a_row_may_have_a_rate_of_its_own(tmp_path):

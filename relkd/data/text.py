@@ -23,7 +23,7 @@ from .source import data_root
 from ..embeddings import Embeddings
 from ..ground import nearest
 
-# %% ../../nbs/data/17_text.ipynb #846cdee6
+# %% ../../nbs/data/17_text.ipynb #07f0bd7e
 HASHES = 2**20           # numbers that pieces of words are hashed to; float32 holds them exactly
 LONGEST = 2048           # pieces of a text at most; what comes after is not read
 
@@ -33,33 +33,26 @@ def _of_word(word):
     pieces = [word, *(word[i:i + k] for k in (3, 4, 5) for i in range(len(word) - k + 1))]
     return tuple(1 + zlib.crc32(p.encode()) % HASHES for p in dict.fromkeys(pieces))
 
-def ngrams(
-    text:str,
-) -> list: # of numbers from 1 to HASHES; empty if the text holds neither letter nor digit
+def ngrams(text:str) -> list: # of numbers from 1 to HASHES; empty if the text holds neither letter nor digit
     "The words of a text and their pieces of 3 to 5 characters, hashed (Bojanowski et al. 2017)."
     return [n for w in re.findall(r'\w+', text.lower()) for n in _of_word(w)][:LONGEST]
 
-# %% ../../nbs/data/17_text.ipynb #45151ce5
+# %% ../../nbs/data/17_text.ipynb #960d985f
 class Ragged:
     "Lists of numbers, one behind the other; indexed, they are a table filled up with 0."
-    def __init__(self,
-        lists, # of lists of whole numbers from 1
-    ):
+    def __init__(self, lists): # of lists of whole numbers from 1
         sizes = [len(l) for l in lists]
         self.starts = torch.tensor(np.cumsum([0, *sizes]))
         self.numbers = torch.from_numpy(np.fromiter((n for l in lists for n in l), np.int32, sum(sizes)))
 
-    def __len__(self): return len(self.starts) - 1
-
-    def __getitem__(self,
-        index:torch.Tensor, # (B,) int64
+    def __getitem__(self, index:torch.Tensor, # (B,) int64
     ) -> torch.Tensor: # (B, W) int32, W the longest of them
         start, sizes = self.starts[index], self.starts[index + 1] - self.starts[index]
         place = torch.arange(int(sizes.max()) if len(sizes) else 0)
         there = place < sizes[:, None]
         return self.numbers[torch.where(there, start[:, None] + place, 0)].masked_fill(~there, 0)
 
-# %% ../../nbs/data/17_text.ipynb #1f792178
+# %% ../../nbs/data/17_text.ipynb #b4f1650c
 def _check_texts(texts, what):
     "Raise ValueError for a text that nothing can be read of."
     for k, text in enumerate(texts):
@@ -80,9 +73,6 @@ class Passages:
 
     def __len__(self): return len(self.texts)
 
-    @property
-    def width(self) -> int: return 0 if self.given is None else self.given.width
-
     @cached_property
     def pieces(self) -> Ragged: # made once
         return Ragged([ngrams(t) for t in self.texts])
@@ -96,7 +86,7 @@ class Passages:
         given = torch.zeros(len(index), width) if self.given is None else self.given[index].float()
         return torch.cat([given, self.pieces[index].float()], 1)
 
-# %% ../../nbs/data/17_text.ipynb #b52e7ec3
+# %% ../../nbs/data/17_text.ipynb #c9522687
 @dataclass(frozen=True, eq=False, repr=False)
 class _Divided:
     "Texts in an order, and what divides them."
@@ -116,7 +106,7 @@ class _Divided:
 
     @property
     def channels(self) -> int: # numbers of the teacher, which stand first in a batch
-        return self.passages.width
+        return self.passages.given.width
 
     @property
     def mean_std(self) -> tuple: # nothing is normalised
@@ -126,11 +116,10 @@ class _Divided:
     def counts(self) -> dict: # split -> number of texts
         return {s: len(r) for s, r in self.splits.items()}
 
-# %% ../../nbs/data/17_text.ipynb #a74a6189
+# %% ../../nbs/data/17_text.ipynb #7296108c
 class _Read(_Divided):
     "Samples as batches, and as a tester wants them."
-    def split(self,
-        name:str, # 'train', 'val' or 'test'
+    def split(self, name:str, # 'train', 'val' or 'test'
     ) -> tuple: # numbers of the samples (n,) and labels (n,)
         "The samples of one split. Raises ValueError for an unknown one."
         if name not in self.splits:
@@ -142,8 +131,7 @@ class _Read(_Divided):
         "The numbers of a batch."
         return images[index]
 
-    def normalise(self,
-        images:torch.Tensor, # (B,) numbers of samples
+    def normalise(self, images:torch.Tensor, # (B,) numbers of samples
     ) -> torch.Tensor: # (B, D + W), as `Passages.packed` gives it, where the labels are
         "A batch as both networks read it."
         return self.passages.packed(self.order[images.cpu()]).to(self.labels.device)
@@ -157,7 +145,7 @@ class _Read(_Divided):
         r = self.splits[split]
         return self.passages.given[self.order[r.start:r.stop]].float()
 
-# %% ../../nbs/data/17_text.ipynb #e352b3b0
+# %% ../../nbs/data/17_text.ipynb #5fe95be7
 class Texts(_Read):
     "Texts with given embeddings, as the engine takes a data set."
     @cached_property
@@ -174,9 +162,7 @@ class Texts(_Read):
 
     def to(self, device) -> 'Texts':
         "The same with labels, and so batches, on `device`."
-        moved = replace(self, labels=self.labels.to(device))
-        moved.__dict__.update({k: self.__dict__[k] for k in ('fingerprint',) if k in self.__dict__})
-        return moved
+        return replace(self, labels=self.labels.to(device))
 
     def __repr__(self):
         parts = ', '.join(f'{n:,} {s}' for s, n in self.counts.items())
@@ -256,15 +242,17 @@ def wordnet_folder() -> Path:
                      f"{', '.join(map(str, places))}: apt-get install wordnet-base, or put Princeton's "
                      f"WordNet-3.0.tar.gz or NLTK's wordnet.zip, unpacked, into {root}")
 
-# %% ../../nbs/data/17_text.ipynb #d434a28a
+# %% ../../nbs/data/17_text.ipynb #4da8f85a
 def wordllama(
     texts,          # of str
     most:int=48,    # tokens that are read of a text
 ) -> torch.Tensor: # (N, 256) float32, of length 1
-    "Means of the token vectors in wordllama's wheel. Raises ImportError that says what to install."
-    home = Path(find_spec('wordllama').submodule_search_locations[0])
-    from safetensors.torch import load_file
-    from tokenizers import Tokenizer
+    "Means of the token vectors in wordllama's wheel. Raises ValueError that says what to install."
+    try:
+        home = Path(find_spec('wordllama').submodule_search_locations[0])
+        from safetensors.torch import load_file
+        from tokenizers import Tokenizer
+    except ImportError as error: raise ValueError(f"the teacher cannot be read: {error}") from None
     tokenizer = Tokenizer.from_file(str(home / 'tokenizers' / 'l2_supercat_tokenizer_config.json'))
     table, = load_file(home / 'weights' / 'l2_supercat_256.safetensors').values()
     tokens = [e.ids[:most] for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
@@ -273,9 +261,7 @@ def wordllama(
     e = torch.nn.functional.embedding_bag(flat, table.float(), bags, mode='mean')
     return torch.nn.functional.normalize(e, dim=1)
 
-def wordnet(
-    teacher=wordllama, # a function of texts that embeds them, or the .npy of what it gave for `glosses()`
-) -> Texts:
+def wordnet(teacher=wordllama) -> Texts: # a function of texts, or the array of what it gave for them
     "WordNet's glosses with a teacher's embeddings. Raises what `wordnet_folder` and the teacher do."
     found = list({gloss: (gloss, lemma, up or gloss) for gloss, lemma, up in
                   reversed(list(read_synsets(wordnet_folder())))}.values())[::-1]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Bags', 'bags', 'NGrams', 'given_embeddings', 'neighbours', 'places', 'in_blocks', 'agreement', 'sisters', 'CopyTexts']
 
-# %% ../../nbs/tasks/05_text.ipynb #420395d5
+# %% ../../nbs/tasks/05_text.ipynb #70f0a5ea
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..data.streams import Batches
 from ..data.text import HASHES, Passages
@@ -20,7 +21,7 @@ from .fewshot import interval
 from .task import Task
 from .triplet import on_sphere
 
-# %% ../../nbs/tasks/05_text.ipynb #3e88a9d4
+# %% ../../nbs/tasks/05_text.ipynb #8eebf029
 class Bags(NamedTuple):
     "Which pieces each text has, and which texts each piece."
     pieces:torch.Tensor  # (M,) int64 from 0, text after text
@@ -35,13 +36,13 @@ def bags(
 ) -> Bags:
     "The two lists of a batch."
     there = numbers > 0
-    sizes, pieces = there.sum(1), (numbers[there].long() - 1) % buckets    # folded
+    sizes, pieces = there.sum(1), (numbers.masked_select(there).long() - 1) % buckets    # folded
     texts = torch.arange(len(numbers), device=numbers.device).repeat_interleave(sizes)
     counts = torch.bincount(pieces, minlength=buckets)
     share = 1 / sizes.clamp(min=1)[:, None]
     return Bags(pieces, sizes.cumsum(0) - sizes, share, texts[pieces.argsort()], counts.cumsum(0) - counts)
 
-# %% ../../nbs/tasks/05_text.ipynb #53596dd3
+# %% ../../nbs/tasks/05_text.ipynb #d2f0cc9a
 class _Mean(torch.autograd.Function):
     "Means of rows of a table, and their gradient."
     @staticmethod
@@ -54,6 +55,17 @@ class _Mean(torch.autograd.Function):
         b = ctx.bags
         return F.embedding_bag(b.texts, (g * b.share).contiguous(), b.of_piece, mode='sum'), None
 
+def _shared(x, skip, buckets):
+    "The lists of a batch, made once for all students; not where steps are recorded, to be played again."
+    playing = _get_current_dispatch_mode_stack() or x.is_cuda and torch.cuda.is_current_stream_capturing()
+    if playing or x.is_inference():
+        return bags(x[:, skip:], buckets)
+    asked = x._version, skip, buckets                   # other numbers in the same memory are another batch
+    if getattr(x, 'asked', None) != asked:
+        x.asked, x.lists = asked, bags(x[:, skip:], buckets)
+    return x.lists
+
+# %% ../../nbs/tasks/05_text.ipynb #269e675e
 class _Bag(nn.Module):
     "The mean of the vectors of a text's pieces."
     def __init__(self, width, skip, buckets, std):
@@ -62,13 +74,9 @@ class _Bag(nn.Module):
         self.table = nn.Parameter(std * torch.randn(buckets, width))
 
     def forward(self, x): # (B, D + W) -> (B, width)
-        of, b = getattr(x, 'bags', (None, None))        # students side by side share the lists of a batch
-        if of != x._version:                            # another batch may lie in the same memory
-            b = bags(x[:, self.skip:], len(self.table))
-            x.bags = x._version, b
-        return _Mean.apply(self.table, b)
+        return _Mean.apply(self.table, _shared(x, self.skip, len(self.table)))
 
-# %% ../../nbs/tasks/05_text.ipynb #4019eeda
+# %% ../../nbs/tasks/05_text.ipynb #ddc6e9ad
 @dataclass(frozen=True)
 class NGrams:
     "A student that adds up hashed n-grams; called as `relkd.models.create` calls a function."
@@ -76,13 +84,13 @@ class NGrams:
     std:float=.1          # of the first vectors
 
     def __call__(self,
-        outputs:int,  # numbers of its embedding
+        outputs:int,  # numbers of its embedding; None: 64
         channels:int, # numbers of the teacher in front of each batch
     ) -> nn.Module:
         "The network. Raises ValueError for a number of rows that hashes cannot be folded to."
         if self.buckets < 1 or HASHES % self.buckets:
             raise ValueError(f"a table of n-grams has 1, 2, 4, ... or {HASHES:,} rows; got {self.buckets:,}")
-        return _Bag(outputs, channels, self.buckets, self.std)
+        return _Bag(outputs or 64, channels, self.buckets, self.std)
 
     def __str__(self): return f'mean of {self.buckets:,} hashed n-grams'
 
