@@ -159,7 +159,9 @@ def test_a_row_may_have_a_rate_of_its_own(tmp_path):
 def test_components_of_the_teacher():
     data = made_up()
     def tested(axes):
-        return {k: v["accuracy"] for k, v in CopyTexts(k=3, axes=axes).test(given_embeddings(0, 12), data).items()}
+        found = CopyTexts(k=3, axes=axes).test(given_embeddings(0, 12), data)
+        return {k.removesuffix(f", {axes} axes"): v["accuracy"] for k, v in found.items()}
+    assert CopyTexts(axes=8).headline == "agree, 8 axes"
     assert tested(12)["agree"] < 100 == tested(0)["agree"] and tested(2)["agree"] < tested(8)["agree"]
 
 

@@ -174,7 +174,7 @@ def sisters(
     _, kind, count = labels.unique(return_inverse=True, return_counts=True)
     return (labels[near] == labels[:, None]).any(1)[count[kind] > 1].long()
 
-# %% ../../nbs/tasks/05_text.ipynb #3827bd74
+# %% ../../nbs/tasks/05_text.ipynb #98e0ba6d
 @dataclass(frozen=True)
 class _Protocol(Task):
     "What can be chosen."
@@ -188,10 +188,14 @@ class _Protocol(Task):
     def of_a_row(self) -> tuple: return 'size', 'l2'
 
     @property
-    def headline(self) -> str: return 'agree'
+    def headline(self) -> str: return self.named('agree')
 
     @property
     def loss_name(self) -> str: return 'nothing'
+
+    def named(self, test:str) -> str: # components are other questions, and other tests
+        "A test by its full name."
+        return f'{test}, {self.axes} axes' if self.axes else test
 
     def for_teacher(self) -> '_Protocol': # the same for every width
         "As the array is."
@@ -245,7 +249,7 @@ class _Learned(_Protocol):
         "There is none. Raises ValueError."
         raise ValueError("texts have no loss of their own: what is learned stands in a row's terms, task=0")
 
-# %% ../../nbs/tasks/05_text.ipynb #1a93dd3a
+# %% ../../nbs/tasks/05_text.ipynb #e331a276
 class CopyTexts(_Learned):
     "A given embedding of texts is copied by a smaller student, and tested on texts that it has not seen."
     def embeddings(self,
@@ -272,4 +276,4 @@ class CopyTexts(_Learned):
             found['sister'] = in_blocks(kin, 1)
         for q in asked:
             found['lemma'] = in_blocks((places(q, e) < self.k).long().cpu(), 1)
-        return found
+        return {self.named(test): figures for test, figures in found.items()}
