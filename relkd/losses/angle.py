@@ -23,19 +23,23 @@ class Sides(NamedTuple):
     # (N, N), float64 where the device has it, 0 for equal points; mean 1 unless all points are equal
     q:torch.Tensor
 
+def _by_product(points, q, diagonal):
+    "Squared distances by one product a batch; far enough from rounding for float64 to do?"
+    for e, x in zip(points, q): torch.mm(e, e.t(), out=x)
+    norm2 = diagonal.clone()
+    q.mul_(-2).add_(norm2[:, :, None]).add_(norm2[:, None])
+    diagonal.fill_(float('inf'))
+    return (q.amin((1, 2)) >= 1e-6 * norm2.amax(1)).all()
+
 def _measure(*batches):
     """Points, their squared distances divided by the mean of all, and these means.
     In float64, where the device has it: a list of (N, D), (B, N, N), (B, 1, 1)."""
     points = [widest(b) for b in batches]
     n, short = points[0].shape[0], points[0].dtype == torch.float32
     q = points[0].new_empty(len(points), n, n)
-    for e, x in zip(points, q): torch.mm(e, e.t(), out=x)
     diagonal = q.diagonal(dim1=1, dim2=2)
-    norm2 = diagonal.clone()
-    q.mul_(-2).add_(norm2[:, :, None]).add_(norm2[:, None])
-    diagonal.fill_(float('inf'))
-    # on a GPU asking costs more than doing
-    if q.is_cuda or short or traced(q) or not (q.amin((1, 2)) >= 1e-6 * norm2.amax(1)).all():
+    # where a few points are on a GPU, asking costs more than doing
+    if q.is_cuda and n < 512 or short or traced(q) or not _by_product(points, q, diagonal):
         points = [e - e.mean(0) for e in points]
         for e, x in zip(points, q):
             x.copy_(torch.cdist(e, e, compute_mode='donot_use_mm_for_euclid_dist').square_())
