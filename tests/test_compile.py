@@ -1,6 +1,8 @@
 """Value AND gradient under torch.compile: every loss, and whole steps of training.
 A compiler may get the value right and the gradient wrong."""
 import copy
+import os
+import shutil
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from relkd.distill import Look, Objective, Row, Term
 from relkd.features import Features
 from helpers import CASES, DEFAULTS, as_given, case, gen, value_and_gradients
 
+NO_COMPILER = not any(shutil.which(c) for c in (os.environ.get("CXX") or "g++", "g++", "c++", "clang++"))
 ALWAYS = ("RKD",)                                           # the others with --flags slow: each costs seconds
 
 
@@ -46,6 +49,8 @@ def test_every_loss_through_inductor(name, flags):
     its value right (torch 2.15)."""
     if name not in ALWAYS and "slow" not in flags:
         pytest.skip("compiling takes seconds: --flags slow")
+    if NO_COMPILER:
+        pytest.skip("no C++ compiler")
     assert_compiles(*case(name, 64, 8 if "FT" not in name else 2), "inductor")
 
 
@@ -53,6 +58,8 @@ def test_a_step_of_training_through_inductor(flags):
     """A network, Features, cross-entropy and RKD, compiled together: the gradients of all parameters."""
     if "slow" not in flags:
         pytest.skip("compiling takes ten seconds: --flags slow")
+    if NO_COMPILER:
+        pytest.skip("no C++ compiler")
     x, y = torch.randn(64, 3, 8, 8, generator=gen(1)), torch.randint(10, (64,), generator=gen(2))
     torch.manual_seed(0)
     student, teacher = (nn.Sequential(nn.Conv2d(3, c, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * c, d),
