@@ -269,7 +269,9 @@ def test_crd_mixes_precisions_and_flattens_maps():
 
 
 @pytest.mark.parametrize("classes", [None, torch.arange(30) % 4])
-def test_crd_autocast_and_compile_change_nothing(classes):
+def test_crd_autocast_and_compile_change_nothing(classes, flags):
+    if classes is not None and "slow" not in flags:
+        pytest.skip("compiling takes seconds: --flags slow")
     (s, t), index, negatives = pair(4), torch.arange(4), torch.randint(30, (4, 6), generator=gen(0))
     plain, autocast, compiled = (crd(5, 7, 30, 4, 6, classes=classes) for _ in range(3))
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -173,7 +173,9 @@ def test_compiled_blocks_are_equal(flags):
     assert_close(both(RKDAngle(compiled=True), s, t), both(RKDAngle(), s, t), 1e-6)
 
 
-def test_the_triton_kernel_in_its_interpreter():
+def test_the_triton_kernel_in_its_interpreter(flags):
+    if "slow" not in flags:
+        pytest.skip("the notebook of the kernel asks the same: --flags slow")
     pytest.importorskip("triton")
     code = """
 import torch

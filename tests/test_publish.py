@@ -18,6 +18,7 @@ from relkd.tables.recipe import recipe
 from relkd.tables.run import run, trained
 from relkd.tasks.classify import evaluate
 from relkd.train import Session
+from relkd.train.session import bf16_is_native
 
 TINY = recipe("digits").reduced(rows=["RKD-D", "HKD"], seeds=[1, 0], epochs=1)
 NAMES = ["digits/resnet14", "digits/resnet8x0.5"]
@@ -89,7 +90,9 @@ def test_a_few_shot_recipe_is_published_too(tmp_path):
     assert net(x).equal(rounded(trained(r, "RKD-D", 0, session(tmp_path)))(x))
 
 
-def test_a_run_in_bf16_is_found_by_its_recipe_or_by_the_sessions_precision(tmp_path):
+def test_a_run_in_bf16_is_found_by_its_recipe_or_by_the_sessions_precision(tmp_path, flags):
+    if not bf16_is_native() and "slow" not in flags:
+        pytest.skip("this CPU multiplies bf16 slowly: --flags slow")
     one = recipe("digits").reduced(rows=["RKD-D"], seeds=[3], epochs=1)
     for r, precision in ((replace(one, precision="bf16", together=True), None), (one, "bf16")):
         out = tmp_path / str(precision)

@@ -66,7 +66,7 @@ def card(monkeypatch):
 SIZES = {"digits": (1, 8), "omniglot": (1, 28), "miniimagenet": (3, 84)}
 LIKE_OTHERS = ("bf16", "nearest", "fast", "fc100/paper", "metric/cub", "metric/cars", "gen1", "gen2", "omniglot-5", "-start", "-sizes",
                "tinyimagenet/cpu", "tinyimagenet/paper", "digits/balanced", "metric/omniglot", "cifar100/losses", "crd-vgg",
-               "metric/sop", "digits/losses")
+               "metric/sop", "digits/losses", "weights-classification", "weights-retrieval", "cifar_fs/paper")
 
 
 def untrained(network, outputs, channels):

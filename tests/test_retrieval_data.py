@@ -480,7 +480,9 @@ print(data.images.numel() / 2**20, decoding, max(most[0], own()) - before, len(s
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc of Linux")
-def test_a_set_of_products_is_never_whole_in_memory(tmp_path, relkd_env):
+def test_a_set_of_products_is_never_whole_in_memory(tmp_path, relkd_env, flags):
+    if "slow" not in flags:
+        pytest.skip("a process of its own, whose memory is measured: --flags slow")
     folder = sop(tmp_path, 20, 20, 2, size=(60, 60))
     files = {split: (folder / f"Ebay_{split}.txt").read_text().splitlines() for split in ("train", "test")}
     for lines in files.values():                                                 # each image many times: 1,600 of 80 files
