@@ -59,8 +59,10 @@ def test_a_number_without_dimensions_student_first_teacher_without_gradient(name
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "NST gaussian"])      # whose width is taken as a constant
-def test_gradcheck(name):
+def test_gradcheck(name, flags):
     """In the layers and in the loss's own parameters."""
+    if name == "FT attention" and "slow" not in flags:
+        pytest.skip("takes three seconds: --flags slow")
     loss, s, t, more = case(name, 3, dtype=torch.float64)
     loss = loss.double()
     s, t = ([f[:, :, :3, :2] if f.dim() == 4 else f for f in layers] for layers in (s, t))

@@ -24,17 +24,18 @@ pytestmark = pytest.mark.xdist_group("processes")          # one worker makes wh
 
 
 @pytest.fixture(scope="module")
-def forked(tmp_path_factory):
+def forked(request, tmp_path_factory):
     at = tmp_path_factory.mktemp("processes")
-    code, said = finish(ddp_worker.one_after_another, at, 2, 3, said=at / "said.txt", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS=1)
+    numbers = (2, 3) if "slow" in request.config.getoption("--flags") else (2,)
+    code, said = finish(ddp_worker.one_after_another, at, *numbers, said=at / "said.txt", GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS=1)
     assert code == 0, said[-3000:]
     return at
 
 
 @pytest.fixture(scope="module", params=["2", "3", "torchrun"])
 def several(request, tmp_path_factory, relkd_env):
-    if request.param == "torchrun" and "slow" not in request.config.getoption("--flags"):
-        pytest.skip("each process imports everything again: --flags slow")
+    if request.param != "2" and "slow" not in request.config.getoption("--flags"):
+        pytest.skip("three processes, and two that import everything again: --flags slow")
     if request.param == "torchrun":
         n, at = 2, tmp_path_factory.mktemp("torchrun")
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",

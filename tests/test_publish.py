@@ -67,7 +67,9 @@ def test_the_teacher_and_the_best_row_of_the_first_seed_are_published(finished, 
     assert f"({mean[best]:.2f} %) of RKD-D, HKD over seeds 1, 0" in made[1]["about"]["chosen"] and "chosen" not in made[0]["about"]
 
 
-def test_fewer_rows_and_seeds_can_be_published_and_the_plain_student_never(finished, tmp_path):
+def test_fewer_rows_and_seeds_can_be_published_and_the_plain_student_never(finished, tmp_path, flags):
+    if "slow" not in flags:
+        pytest.skip("several runs more: --flags slow")
     for row in ("RKD-D", "HKD"):
         made = publish(TINY.reduced(rows=[row], seeds=[0]), tmp_path, session(finished[0]))
         assert [(m["about"]["row"], m["about"]["seed"]) for m in made] == [("Teacher", 0), (row, 0)]
