@@ -64,6 +64,14 @@ def test_what_asks_for_a_value_is_done_plainly_and_its_neighbour_sees_the_right_
     assert equal(on, trained("off", rows, 2))
 
 
+def test_an_optimiser_that_keeps_its_rate_as_a_number_is_not_recorded(monkeypatch):
+    """A recorded number would be that of the recording for ever, and one step's check could not see it."""
+    monkeypatch.setitem(globals(), "fused", lambda parameters, lr: torch.optim.Adam(parameters, lr))
+    with pytest.warns(UserWarning, match="KD, seed 0: not replayed .* its optimiser is not fused: the rate is a number"):
+        on = trained("on", [ROWS[1]], 2)
+    assert equal(on, trained("off", [ROWS[1]], 2))
+
+
 class Counts(torch.nn.Module):
     """A loss that Python changes from call to call."""
     calls = 0

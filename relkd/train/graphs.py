@@ -68,6 +68,11 @@ class _Written:
         self.leaves, self.warm = leaves, warm
         self.graph, self.plain, self.found = None, False, None
 
+    def give_up(self, why:str):
+        "From now on the work is done plainly; one line says why."
+        self.graph, self.plain = None, True
+        warnings.warn(f"{self.name}: not replayed but done step by step, since {why}")
+
     def _write(self):
         "Record; returns why not, if not."
         try:
@@ -109,8 +114,8 @@ class _Checked(_Written):
         if not why and not _agree(got, [*live, *self.leaves(plain)], self.device.type == 'cpu'):
             why = 'replayed, it comes to other numbers'
         if why:
-            self.graph, self.plain, self.found = None, True, plain
-            warnings.warn(f"{self.name}: not replayed but done step by step, since {why}")
+            self.give_up(why)
+            self.found = plain
         else:
             with torch.no_grad():
                 for old, new in zip(self.leaves(fixed), self.leaves(plain)): old.copy_(new)
@@ -147,10 +152,13 @@ class _Fixed:
         self.look = Recorded('the teacher', self._look, self.device, warm=self.warm,
                              leaves=lambda look: _tensors(look.everything()))
         for l in part:
-            for group in l.optimiser.param_groups:
+            groups = l.optimiser.param_groups
+            in_memory = all(group.get('fused') for group in groups)
+            for group in groups if in_memory else ():
                 group['lr'] = torch.zeros((), device=self.device)
             self.works[l] = Recorded(f'{l.row.name}, seed {l.seed}', partial(self._work, l), self.device,
                                      l.tensors, partial(self._prepare, l), warm=self.warm)
+            if not in_memory: self.works[l].give_up('its optimiser is not fused: the rate is a number')
 
 # %% ../../nbs/lab/15_graphs.ipynb #1502ece4
 class _Seen(_Fixed):
