@@ -21,8 +21,8 @@ html_show_sourcelink = False
 html_use_index = False
 html_show_copyright = False
 html_sidebars = {"**": ["sidebar/brand.html", "sidebar/scroll-start.html", "sidebar/navigation.html", "sidebar/scroll-end.html"]}
-pygments_style = "friendly"
-pygments_dark_style = "monokai"
+pygments_style = "a11y-high-contrast-light"                               # every token at least 4.5 : 1 on its ground
+pygments_dark_style = "a11y-high-contrast-dark"
 
 
 def setup(app):

@@ -105,6 +105,10 @@ def page(path, out, meta):
         if not len(e) and (chinese := FURO.get((e.text or "").strip())):
             e.text = f"{e.text.strip()} · {chinese}"
             split(e, element)
+    for e in doc.xpath('//p[@role="heading"]'):
+        e.set("aria-level", "2")
+    for e in doc.xpath('//aside[@class]'):
+        e.set("aria-label", "all pages · 所有页面" if "sidebar" in e.get("class") else "on this page · 本页")
     describe(article)
     play = article.xpath('.//section[./div[starts-with(@class, "play-")]]/@id')
     article.insert(0, bar(meta.get(name), root, play))

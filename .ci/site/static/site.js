@@ -38,6 +38,13 @@ document.addEventListener('DOMContentLoaded', () => {
     box.append(button)
   })
 
+  // what is wider than its place can be reached, and moved, with the keyboard
+  const reachable = () => document.querySelectorAll('article pre, article mjx-container, article .output, article .table-wrapper, article .math-wrapper').forEach(e => {
+    if (e.scrollWidth > e.clientWidth + 1 && e.clientWidth) e.tabIndex = 0
+  })
+  addEventListener('load', () => window.MathJax && MathJax.startup ? MathJax.startup.promise.then(reachable) : reachable())
+  addEventListener('resize', reachable)
+
   // search
   const box = document.createElement('dialog')
   box.className = 'search'
