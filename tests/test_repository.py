@@ -264,19 +264,14 @@ def test_cells_show_one_idea(notebook):
 
 
 LESSON = 45                       # cells; what is beyond stands on a second page, told as "read after"
-LONGER = {                        # lessons that were written before the limit, with the cells that they have: never more
-    "losses/07_pkt": 70, "losses/08_ab": 73, "losses/10_fsp": 72,
-}
 
 
 def test_a_lesson_is_read_in_one_sitting():
     lessons = [*ROOT.glob("nbs/00_relations*.ipynb"), *ROOT.glob("nbs/losses/*.ipynb"), *ROOT.glob("nbs/tasks/*.ipynb")]
     cells = {path.relative_to(ROOT / "nbs").with_suffix("").as_posix(): len(json.loads(path.read_text(encoding="utf-8"))["cells"])
              for path in lessons}
-    long = {name: n for name, n in cells.items() if n > LONGER.get(name, LESSON)}
+    long = {name: n for name, n in cells.items() if n > LESSON}
     assert not long, f"more than {LESSON} cells: {long}; join prose, or put what is beyond on a page to be read after"
-    short = [name for name in LONGER if cells.get(name, 0) <= LESSON]
-    assert not short, f"{short} keep to the limit now: take them from LONGER"
 
 
 def test_every_exercise_has_a_folded_solution():
