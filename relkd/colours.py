@@ -15,7 +15,8 @@ COLOURS = {
     'RKD': '#55a868', 'RKD-DA': '#55a868', 'RKD-D': '#4c72b0', 'RKD-A': '#c44e52',
     'FitNet': '#7a5c3e', 'AT': '#e377c2', 'SP': '#64b5cd', 'CC': '#b8a13a', 'VID': '#a1287d',
     'PKT': '#137a74', 'AB': '#a9c44c', 'FT': '#f2b701', 'FSP': '#5a3fa0', 'NST': '#9e2a10',
-    'CRD': '#1f3d7a', 'OFD': '#6b7a1e', 'Triplet': '#b07aa1', 'Regression': '#6b8fa8',
+    'CRD': '#1f3d7a', 'OFD': '#6b7a1e', 'DKD': '#ff6f61', 'DIST': '#1a75ff',
+    'Triplet': '#b07aa1', 'Regression': '#6b8fa8',
 }
 
 # %% ../nbs/lab/35_colours.ipynb #5c4575e2
