@@ -306,6 +306,30 @@ def test_formulae_dragging_and_the_width(width, dark, at, page, tmp_path):
     assert page.do(text) != was and not page.said
 
 
+CONTRAST = """(() => {
+    const light = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(x => x / 255).map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+        return .2126 * v[0] + .7152 * v[1] + .0722 * v[2] }
+    const least = {}
+    document.querySelectorAll('article .highlight pre span').forEach(e => {
+        const box = getComputedStyle(e.closest('.highlight')).backgroundColor, [a, b] = [getComputedStyle(e).color, box].map(light)
+        const r = (Math.max(a, b) + .05) / (Math.min(a, b) + .05)
+        least[e.className] = Math.min(least[e.className] ?? 99, r)
+    })
+    return least })()"""
+
+
+@slow_site
+@pytest.mark.parametrize("dark", [False, True])
+def test_code_reads_on_its_ground_and_the_keyboard_reaches_what_scrolls(dark, at, page):
+    page.screen(390, 800, dark)
+    page.open(f"{at}losses/00_rkd.html?lang=en")
+    found = page.do(CONTRAST)
+    assert len(found) > 10 and min(found.values()) >= 4.5, {k: v for k, v in found.items() if v < 4.5}     # WCAG 2, level AA
+    page.until("[...document.querySelectorAll('article pre')].filter(e => e.scrollWidth > e.clientWidth + 1).every(e => e.tabIndex === 0)")
+    assert page.do("document.querySelectorAll('article pre[tabindex]').length > 3")
+    assert page.do("[...document.querySelectorAll('[role=heading]')].every(e => e.ariaLevel)")
+
+
 @slow_site
 def test_a_record_is_one_click_from_its_number(at, page):
     page.open(f"{at}records/digits.html?lang=en")

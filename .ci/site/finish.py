@@ -124,14 +124,19 @@ def read(copy, name):
 
 async def search(out, articles):
     "Two indexes, one a language; and the words alone, for a folder without a server."
-    from pagefind.index import IndexConfig, PagefindIndex
+    from pagefind.service import PagefindService
     words = {"zh": [], "en": []}
-    async with PagefindIndex(config=IndexConfig(output_path=str(out / "pagefind"))) as index:
+    async with PagefindService() as service:
+        index = await service.create_index()
         for name, languages in articles:
             for lang, (title, text, body) in languages.items():
                 whole = f'<html lang="{lang}"><head><title>{title}</title></head><body>{body}</body></html>'
                 await index.add_html_file(url=f"{name}.html?lang={lang}", content=whole)
                 words[lang].append([f"{name}.html", title, text])
+        await index.write_files(str(out / "pagefind"))     # answers before all is on the disk, and closing it would cut that off
+        sizes = None
+        while sizes != (sizes := [p.stat().st_size for p in sorted((out / "pagefind").glob("**/*.*"))]) or not all(sizes):
+            await asyncio.sleep(.3)
     for lang, pages in words.items():
         (out / "_static" / f"words-{lang}.js").write_text(f"window.WORDS = {json.dumps(pages, ensure_ascii=False)}", encoding="utf-8")
 
