@@ -307,7 +307,8 @@ def test_formulae_dragging_and_the_width(width, dark, at, page, tmp_path):
 
 
 CONTRAST = """(() => {
-    const light = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(x => x / 255).map(x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4)
+    const linear = x => x <= .04045 ? x / 12.92 : ((x + .055) / 1.055) ** 2.4
+    const light = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(x => linear(x / 255))
         return .2126 * v[0] + .7152 * v[1] + .0722 * v[2] }
     const least = {}
     document.querySelectorAll('article .highlight pre span').forEach(e => {
