@@ -86,11 +86,12 @@ document.addEventListener('DOMContentLoaded', () => {
         })
     }
   }
-  let turn = 0
+  let turn = 0, asking = Promise.resolve()     // one search at a time: another language ends the engine of the one before
   async function look() {
     const mine = ++turn, words = input.value.trim()
     if (!words) { hits.innerHTML = ''; return }
-    const found = await (await start(shown()))(words)
+    asking = asking.catch(() => {}).then(async () => mine === turn && (await start(shown()))(words))
+    const found = await asking
     if (mine !== turn) return
     hits.innerHTML = found.length ? found.map(([url, title, text]) => `<a href="${root}${url}?lang=${page.dataset.lang}"><b>${clean(title)}</b><span>${text}</span></a>`).join('')
       : `<p>${two('Nothing found.', '没有找到。')}</p>`
