@@ -29,7 +29,7 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require=extras,
     entry_points={"console_scripts": ["relkd = relkd:command_line"], "nbdev": ["relkd = relkd._modidx:d"]},
-    package_data={"relkd": ["py.typed"]},
+    package_data={"relkd": ["py.typed", "weights/*/*"]},
     url=cfg["doc_host"] + cfg["doc_baseurl"],
     classifiers=["License :: OSI Approved :: MIT License", "Programming Language :: Python :: 3", "Typing :: Typed"],
     zip_safe=False,

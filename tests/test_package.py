@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 settings = ConfigParser(delimiters=["="])
 settings.read(ROOT / "settings.ini", encoding="utf-8")
 settings = settings["DEFAULT"]
+WEIGHTS = sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("relkd/weights/**/*") if p.is_file())
 
 
 def names(requirements):
@@ -44,6 +45,7 @@ def test_the_source_distribution_holds_what_builds_and_tests_it(distributions):
     with tarfile.open(distributions[0]) as t:
         inside = {name.split("/", 1)[1] for name in t.getnames() if "/" in name}
     assert {"settings.ini", "setup.py", "README.md", "LICENSE", "relkd/py.typed", "tests/helpers.py", "tests/conftest.py"} <= inside
+    assert {*WEIGHTS} <= inside
     assert not [name for name in inside if name.startswith(("nbs/", "figures/", ".data")) or "__pycache__" in name]
 
 
@@ -51,7 +53,7 @@ def test_the_wheel_says_what_it_needs(distributions):
     with zipfile.ZipFile(distributions[1]) as z:
         inside = z.namelist()
         metadata = z.read(next(n for n in inside if n.endswith("METADATA"))).decode()
-    assert "relkd/py.typed" in inside and not [n for n in inside if n.startswith("tests")]
+    assert {"relkd/py.typed", *WEIGHTS} <= {*inside} and not [n for n in inside if n.startswith("tests")]
     needs = re.findall(r"^Requires-Dist: (.*)$", metadata, flags=re.M)
     assert [n for n in needs if "extra ==" not in n] == ["torch<3,>=2.4"]
     assert {*re.findall(r"^Provides-Extra: (.*)$", metadata, flags=re.M)} == {"clients", "dev", "lab", "metric", "site", "slurm", "text"}
@@ -103,6 +105,26 @@ print(relkd.__file__, loaded)
     done = run_in(torch_alone, code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(torch_alone / "relkd" / "__init__.py"), "[]"]
+
+
+def test_published_weights_embed_texts_beside_torch_alone(torch_alone):
+    code = """
+import sys, relkd
+net = relkd.models.load('wordnet/ngrams16384x64')
+e = net.encode(['a large wild cat', 'a big feline', 'a ship on the ocean'])
+print(tuple(e.shape), bool(e[0] @ e[1] > e[0] @ e[2]), round(float(e[2].norm()), 4))
+print([m for m in 'numpy safetensors tokenizers wordllama lightning_fabric relkd.data relkd.tasks'.split() if m in sys.modules])
+"""
+    done = run_in(torch_alone, code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["(3, 64) True 1.0", "[]"]
+
+
+def test_what_comes_with_the_package_is_small():
+    """Weights alone are larger than a megabyte, and they lie in a folder of their own."""
+    large = {p.relative_to(ROOT).as_posix(): p.stat().st_size for p in ROOT.glob("relkd/**/*")
+             if p.is_file() and p.stat().st_size > 2**20 and p.suffix != ".pyc"}
+    assert set(large) <= {*WEIGHTS} and sum(large.values()) < 4 * 2**20 and len(WEIGHTS) >= 2, large
 
 
 LACKING = {

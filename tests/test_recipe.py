@@ -227,3 +227,11 @@ def test_what_a_recipe_begins_with_is_a_row_of_a_recipe(name):
     for of in (r.teacher_weights, *(r.starts or {}).values()):
         if isinstance(of, tuple):
             assert of[1] == "Teacher" or of[1] in [row.name for row in recipe(of[0]).rows], of
+
+
+def test_rows_that_come_apart_at_their_commas_are_put_together():
+    """The fault: 'RKD-D, l2' could not be asked for on the command line."""
+    rows = "RKD-D, l2,sp,RKD-A,l2".split(",")
+    assert [r.name for r in recipe("text/wordnet").reduced(rows=rows).rows] == ["Cosine", "SP", "RKD-D, l2", "RKD-A, l2"]
+    with pytest.raises(ValueError, match="unknown row of text/wordnet ' l3'"):
+        recipe("text/wordnet").reduced(rows=["RKD-D", " l3"])

@@ -87,7 +87,7 @@ FLOORS = [            # a room imports from floors below its own, or from its ow
     "relations flags schematic run_plots",
     "losses",
     "distributed",
-    "features heads embeddings",
+    "features heads embeddings ngrams",
     "data models checkpoints",
     "records tasks",
     "distill",

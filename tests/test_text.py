@@ -4,15 +4,19 @@ import warnings
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from relkd.data import text
-from relkd.data.text import Passages, Ragged, ngrams, own_texts, read_synsets, wordnet
+from relkd.data.text import Passages, Ragged, own_texts, read_synsets, wordnet
+from relkd.ngrams import HASHES, LONGEST, ngrams
+from relkd.models import create, load, manifest
 from relkd.recipes.text import ProjectedCosine, text_rows, text_wordnet
 from relkd.records import load_records
+from relkd.tables.publish import publish
 from relkd.tables.recipe import from_file
 from relkd.tables.run import run, trained
 from relkd.tasks.text import CopyTexts, NGrams, agreement, bags, given_embeddings, in_blocks, neighbours, places, sisters
@@ -40,8 +44,8 @@ RECIPE = replace(text_wordnet, name="own/text", data=made_up, task=CopyTexts(siz
 def test_pieces_of_a_text():
     assert ngrams("A cat!") == ngrams("a  CAT") and ngrams("a cat") != ngrams("a cats")
     assert sorted(ngrams("a cat")) == sorted(ngrams("cat a")) and len(ngrams("cat")) == 1 + 3 + 2    # <cat> and its 3 + 2 pieces
-    assert ngrams("...") == [] and ngrams("") == [] and ngrams("一只猫") and len(ngrams("ab " * 5000)) == text.LONGEST
-    assert all(1 <= n <= text.HASHES for n in ngrams("Zwölf Boxkämpfer"))
+    assert ngrams("...") == [] and ngrams("") == [] and ngrams("一只猫") and len(ngrams("ab " * 5000)) == LONGEST
+    assert all(1 <= n <= HASHES for n in ngrams("Zwölf Boxkämpfer"))
     assert Ragged([[5], [7, 8, 9]])[torch.tensor([1, 0])].tolist() == [[7, 8, 9], [5, 0, 0]]
 
 
@@ -177,6 +181,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from relkd.data.text import own_texts
+from relkd.models import create, load, manifest
 from relkd.recipes.text import text_rows, text_wordnet
 from relkd.tasks.text import CopyTexts
 
@@ -201,3 +206,76 @@ def test_ones_own_texts_from_a_file_outside_of_the_package(tmp_path):
     tested = {r["row"]: set(r["tests"]) for r in load_records(tmp_path / "out", "mine")}
     assert tested == {row: {"agree", "by distance"} for row in ("Teacher", "Cosine")}
     assert isinstance(mine.data().passages.given.rows, np.memmap)         # stays on disk
+
+
+PUBLISHED = "wordnet/ngrams16384x64"
+
+
+def test_the_published_student_says_where_it_is_from():
+    m, root = manifest(PUBLISHED), Path(__file__).resolve().parents[1]
+    about = m["about"]
+    record = next(r for r in load_records(root / "figures", about["recipe"]) if r["run"] == about["record"]["run"])
+    assert (record["row"], record["seed"], record["last"]) == (about["row"], about["seed"], about["accuracy"])
+    assert abs(about["accuracy_float16"] - record["last"]) < .1 and record["protocol"]["data"]["fingerprint"] == about["fingerprint"]
+    assert "WordNet" in about["licences"]["texts"] and "MIT" in about["licences"]["teacher"] and about["record"]["commit"]
+    assert m["bytes"] < 2_100_000 and (m["network"], m["classes"]) == ("ngrams16384x64", None)
+
+
+def test_the_published_student_reads_any_text():
+    net = load(PUBLISHED)
+    texts = ["a large wild cat", "A  LARGE, wild cat!", "a ship", "一条河", "zxqw"] * 500
+    e = net.encode(texts)
+    assert e.shape == (2500, 64) and not e.requires_grad and torch.allclose(e.norm(dim=1), torch.ones(2500))
+    assert e[0].equal(e[1]) and torch.allclose(e[:5], e[2000:2005], atol=1e-6)          # more than one batch
+    new = Passages(texts[:5])
+    assert torch.allclose(e[:5], torch.nn.functional.normalize(net(new.packed(width=net.skip)), dim=1), atol=1e-6)
+    assert net.encode(t for t in texts[:2]).shape == (2, 64) and net.encode([]).shape == (0, 64)
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda net: net.encode("a cat"), "encode takes a list of texts; got one text, 'a cat': put it into a list"),
+    (lambda net: net.encode(["a cat", ""]), "text 1 is '', without a letter or a digit"),
+    (lambda net: net.encode(["a cat", None]), "text 1 is 'None', without a letter or a digit"),
+    (lambda net: create("ngrams1000x4", None, 0), "has 1, 2, 4, ... or 1,048,576 rows; got 1,000"),
+    (lambda net: create("ngrams256x4", 10, 0), "ngrams256x4 gives an embedding and classifies nothing: classes=None; got classes = 10"),
+    (lambda net: load("wordnet/ngrams16384x6"), f"did you mean '{PUBLISHED}'?"),
+])
+def test_what_the_published_student_cannot_do_is_said_in_one_line(change, said):
+    with pytest.raises(ValueError) as error:
+        change(load(PUBLISHED))
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_student_of_texts_is_published_without_its_teacher(tmp_path):
+    of = replace(RECIPE, data=lambda: replace(made_up(), name="made-up"))
+    run(of, Session(out=tmp_path, device="cpu"))
+    made, = publish(of, tmp_path / "w", Session(out=tmp_path, device="cpu"))
+    best = max((r for r in load_records(tmp_path, "own/text") if r["row"] != "Teacher"), key=lambda r: r["last"])
+    assert (made["name"], made["network"], made["about"]["row"]) == ("made-up/ngrams256x6", "ngrams256x6", best["row"])
+    net, data = load(made["name"], tmp_path / "w"), made_up()
+    assert RECIPE.task.test(net, data)["agree"]["accuracy"] == made["about"]["accuracy_float16"]
+
+
+def test_any_sentence_transformers_model_by_name(monkeypatch):
+    asked = []
+
+    class Model:
+        def __init__(self, name):
+            asked.append(name)
+            if name == "nobody/nothing":
+                raise OSError("no such model\nand a long story")
+
+        def encode(self, texts, convert_to_tensor, show_progress_bar):
+            assert convert_to_tensor and not show_progress_bar and isinstance(texts, list)
+            return 3 * embed(texts).half()
+
+    monkeypatch.setitem(sys.modules, "sentence_transformers", SimpleNamespace(SentenceTransformer=Model))
+    data = own_texts(TEXTS, text.sentence_transformer("all-MiniLM-L6-v2"), "mine", queries=[t[2:] for t in TEXTS])
+    assert asked == ["all-MiniLM-L6-v2"] and data.channels == 12                      # loaded once, for texts and queries
+    assert data.given("train").dtype == torch.float32 and torch.allclose(data.given("train").norm(dim=1), torch.ones(72))
+    with pytest.raises(ValueError, match=r"does not load 'nobody/nothing' \(OSError: no such model\): give the name") as error:
+        text.sentence_transformer("nobody/nothing")(TEXTS)
+    assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(ValueError, match="the teacher x needs sentence-transformers: pip install sentence-transformers"):
+        text.sentence_transformer("x")(TEXTS)

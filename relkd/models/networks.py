@@ -20,6 +20,7 @@ from ..docs import described
 from ..ground import nearest
 from ..heads import CosineLinear
 from ..modes import evaluating
+from ..ngrams import NGramBag
 
 # %% ../../nbs/lab/01_models.ipynb #d597f105
 def _shortcut(cin, cout, stride):
@@ -413,6 +414,12 @@ def _resnet(depth, classes, channels):
     return ResNet(BasicBlock if depth == '18' else Bottleneck, counts, (64, 64, 128, 256, 512),
                   classes, channels)
 
+def _ngrams(rows, width, classes, channels):
+    if classes:
+        raise ValueError(f"ngrams{rows}x{width} gives an embedding and classifies nothing: classes=None; "
+                         f"got classes = {classes}")
+    return NGramBag(int(width), channels, int(rows))
+
 FAMILIES = { # pattern of the name -> what builds it from the groups
     r'resnet(8|14|20|32|44|56|110)(?:x(\d+(?:\.\d+)?))?': _resnet_cifar,
     r'resnet(18|50|101)': _resnet,
@@ -422,6 +429,7 @@ FAMILIES = { # pattern of the name -> what builds it from the groups
     r'shufflenetv1': ShuffleNetV1,
     r'shufflenetv2': ShuffleNetV2,
     r'conv4(?:_(\d+))?': lambda size, classes, channels: Conv4(classes, channels, int(size or 32)),
+    r'ngrams(\d+)x(\d+)': _ngrams,
 }
 EXAMPLES = (
     'resnet8', 'resnet8x0.5', 'resnet8x4', 'resnet14', 'resnet20', 'resnet32', 'resnet32x4',

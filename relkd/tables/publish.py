@@ -14,7 +14,7 @@ from ..checkpoints import load_checkpoint
 from ..ground import digest
 from ..models import manifest, rounded, save
 from ..records import environment, load_records, record_path
-from .recipe import Recipe, called
+from .recipe import Recipe
 from .run import Experiment
 from .teacher import fed, given_to, inputs_of
 from ..train.session import Session
@@ -70,7 +70,11 @@ def _about(experiment, task, net, record, chosen):
     mean, std = (m.flatten().tolist() for m in inputs_of(_given(e, record), e.data))
     source = {'path': path.relative_to(e.session.out).as_posix(),
               'sha256': hashlib.sha256(path.read_bytes()).hexdigest(),
-              'run': record['run'], 'accuracy': record['last']}
+              'run': record['run'], 'commit': record['commit'], 'accuracy': record['last']}
+    said = getattr(e.data, 'about', None) or {          # data that are no images say themselves what they are
+        'input': {'shape': list(e.data.images.shape[1:]), 'scale': '(bytes / 255 - mean) / std',
+                  'mean': mean, 'std': std},
+        'class_names': list(e.data.classes)}
     return {'data': e.data.name, 'fingerprint': e.data.fingerprint, 'test': task.headline,
             'accuracy': _tested(net, task, e.data),
             'accuracy_float16': _tested(rounded(net), task, e.data),
@@ -78,10 +82,7 @@ def _about(experiment, task, net, record, chosen):
             'recipe': e.recipe.name, 'row': record['row'], 'variant': record['variant'],
             'seed': record['seed'],
             'epochs': len(record['epochs']), 'precision': e.precision, 'cut': e.recipe.cut, **chosen,
-            'record': source,
-            'input': {'shape': list(e.data.images.shape[1:]), 'scale': '(bytes / 255 - mean) / std',
-                      'mean': mean, 'std': std},
-            'class_names': list(e.data.classes)}
+            'record': source, **said}
 
 # %% ../../nbs/lab/34_publish.ipynb #9a03727e
 def _best(students):
@@ -96,33 +97,50 @@ def _best(students):
             f"largest mean accuracy ({means[best]:.2f} %) of {', '.join(dict.fromkeys(k[0] for k in means))}")
 
 # %% ../../nbs/lab/34_publish.ipynb #efb02062
+def _named(network, outputs):
+    "Its name for `relkd.models`, '' if it has none, and its classes."
+    if isinstance(network, str):
+        return network, outputs
+    named = getattr(network, 'named', None)    # a student of texts says its name, and has no classes
+    return (named(outputs) if named else None), None
+
+def _refuse_unnamed(recipe, outputs):
+    "Raise ValueError for what cannot be published."
+    if not any(r.all_terms for r in recipe.rows):
+        raise ValueError(f"{recipe.name} has no distilled row to publish: keep one of its rows beside the "
+                         "plain student")
+    if None in (_named(recipe.teacher, outputs)[0], _named(recipe.student, outputs)[0]):
+        raise ValueError(f"{recipe.name} has a network of your own, and a manifest names one of "
+                         "relkd.models: save its weights yourself, from relkd.tables.run.trained")
+
+def _names(recipe, outputs):
+    "Of the teacher's and the student's weights, told apart."
+    names = [_named(n, outputs)[0] for n in (recipe.teacher, recipe.student)]
+    return names if names[0] != names[1] else [f'{names[0]}-teacher', f'{names[1]}-student']
+
+# %% ../../nbs/lab/34_publish.ipynb #a60ecdfa
 def publish(
     recipe:Recipe,        # finished
     folder='weights',     # DATA/NETWORK.json and its parts are written into it
     session:Session=None, # where its records and checkpoints are, and on what it is tested
-) -> list: # the manifests, the teacher's first
+) -> list: # the manifests, the teacher's first, unless it is an array
     """Publish the teacher and the best student in float16, tested after the rounding.
     Raises ValueError if a run is missing."""
-    if not any(r.all_terms for r in recipe.rows):
-        raise ValueError(f"{recipe.name} has no distilled row to publish: keep one of its rows beside the "
-                         "plain student")
-    if callable(recipe.teacher) or callable(recipe.student):
-        raise ValueError(f"{recipe.name} has a network of your own, and a manifest names one of "
-                         "relkd.models: save its weights yourself, from relkd.tables.run.trained")
+    _refuse_unnamed(recipe, None)
     e = Experiment(recipe, session or Session())
-    names = called(recipe.teacher), called(recipe.student)
-    if names[0] == names[1]:
-        names = f'{names[0]}-teacher', f'{names[1]}-student'
     of_teacher, *students = _finished(e)
     student, why = _best(students)
     chosen = {'chosen': f"{why} over seeds {', '.join(map(str, recipe.seeds))}"}
     made = []
-    for (protocol, record), name, of, more in (of_teacher, names[0], recipe.teacher,
-                                               {}), (student, names[1], recipe.student, chosen):
+    for k, ((protocol, record), of, more) in enumerate(((of_teacher, recipe.teacher, {}),
+                                                        (student, recipe.student, chosen))):
         task = next((t for t in recipe.tasks if recipe.variant(t) == record['variant']), recipe.task)
         task = task.for_teacher() if record['row'] == 'Teacher' else task
-        net = _weights_of(e, of, task, protocol, record)
-        made.append((net, f'{e.data.name}/{name}', of, task, _about(e, task, net, record, more)))
+        outputs = task.outputs(e.data)
+        if name := _names(recipe, outputs)[k]:
+            net = _weights_of(e, of, task, protocol, record)
+            made.append((net, f'{e.data.name}/{name}', *_named(of, outputs),
+                         _about(e, task, net, record, more)))
     for _, name, *_ in made:  # weights of another recipe are not replaced without a word
         try:
             old = manifest(name, folder)['about'].get('recipe')
@@ -131,5 +149,5 @@ def publish(
         if old not in (None, recipe.name):
             raise ValueError(f"{name} in {folder} is of recipe {old}: name another folder with --weights, or "
                              "remove it")
-    return [save(net, name, of, task.outputs(e.data), e.data.channels, folder, about=about)
-            for net, name, of, task, about in made]
+    return [save(net, name, network, classes, e.data.channels, folder, about=about)
+            for net, name, network, classes, about in made]

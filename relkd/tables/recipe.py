@@ -103,10 +103,13 @@ def _teachers(tasks):
 # %% ../../nbs/lab/30_recipe.ipynb #c6cb3baf
 def _of_rows(recipe, rows):
     def plain(name): return name.lower().replace(' ', '')
-    for name in rows:
-        if plain(name) not in map(plain, recipe.row_names):
-            raise ValueError(nearest(f'row of {recipe.name}', name, recipe.row_names))
-    wanted = set(map(plain, rows))
+    known, parts, wanted, k = {*map(plain, recipe.row_names)}, [*map(plain, rows)], set(), 0
+    while k < len(parts):                                # 'RKD-D, l2' comes from a shell in two parts
+        whole = next((n for n in range(len(parts), k, -1) if ','.join(parts[k:n]) in known), 0)
+        if not whole:
+            raise ValueError(nearest(f'row of {recipe.name}', rows[k], recipe.row_names))
+        wanted.add(','.join(parts[k:whole]))
+        k = whole
     return replace(recipe,
                    rows=tuple(r for r in recipe.rows if plain(r.name) in wanted or r.name == recipe.base))
 

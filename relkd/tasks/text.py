@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from ..data.streams import Batches
-from ..data.text import HASHES, Passages
+from ..data.text import Passages
+from ..ngrams import NGramBag
 from .fewshot import interval
 from .task import Task
 from .triplet import on_sphere
@@ -66,13 +67,8 @@ def _shared(x, skip, buckets):
     return x.lists
 
 # %% ../../nbs/tasks/05_text.ipynb #269e675e
-class _Bag(nn.Module):
-    "The mean of the vectors of a text's pieces."
-    def __init__(self, width, skip, buckets, std):
-        super().__init__()
-        self.skip = skip                                # numbers of the teacher, which are not looked at
-        self.table = nn.Parameter(std * torch.randn(buckets, width))
-
+class _Bag(NGramBag):
+    "The same mean, with the lists of a batch and the fast gradient."
     def forward(self, x): # (B, D + W) -> (B, width)
         return _Mean.apply(self.table, _shared(x, self.skip, len(self.table)))
 
@@ -88,9 +84,11 @@ class NGrams:
         channels:int, # numbers of the teacher in front of each batch
     ) -> nn.Module:
         "The network. Raises ValueError for a number of rows that hashes cannot be folded to."
-        if self.buckets < 1 or HASHES % self.buckets:
-            raise ValueError(f"a table of n-grams has 1, 2, 4, ... or {HASHES:,} rows; got {self.buckets:,}")
         return _Bag(outputs or 64, channels, self.buckets, self.std)
+
+    def named(self, outputs:int) -> str:
+        "What `relkd.models` calls it: 'ngrams16384x64'."
+        return f'ngrams{self.buckets}x{outputs}'
 
     def __str__(self): return f'mean of {self.buckets:,} hashed n-grams'
 
@@ -110,6 +108,8 @@ def given_embeddings(
 ) -> nn.Module:
     "A teacher that is an array: what `relkd.data.text` puts in front of each text."
     return _Given(channels)
+
+given_embeddings.named = lambda outputs: ''           # an array has no weights to publish
 
 # %% ../../nbs/tasks/05_text.ipynb #b65b663b
 @torch.no_grad()
