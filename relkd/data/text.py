@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HASHES', 'LONGEST', 'KINDS', 'ngrams', 'Ragged', 'Passages', 'Texts', 'own_texts', 'read_synsets', 'wordnet_folder',
-           'wordllama', 'wordnet']
+           'wordllama_wheel', 'wordllama', 'wordnet', 'Tokens', 'in_tokens']
 
 # %% ../../nbs/data/17_text.ipynb #bcfced59
 import hashlib
@@ -243,11 +243,8 @@ def wordnet_folder() -> Path:
                      f"WordNet-3.0.tar.gz or NLTK's wordnet.zip, unpacked, into {root}")
 
 # %% ../../nbs/data/17_text.ipynb #4da8f85a
-def wordllama(
-    texts,          # of str
-    most:int=48,    # tokens that are read of a text
-) -> torch.Tensor: # (N, 256) float32, of length 1
-    "Means of the token vectors in wordllama's wheel. Raises ValueError that says what to install."
+def wordllama_wheel() -> tuple: # its tokenizer, and the table (32000, 256) float32
+    "What the wheel of wordllama holds. Raises ValueError that says what to install."
     try:
         home = Path(find_spec('wordllama').submodule_search_locations[0])
         from safetensors.torch import load_file
@@ -255,15 +252,43 @@ def wordllama(
     except ImportError as error: raise ValueError(f"the teacher cannot be read: {error}") from None
     tokenizer = Tokenizer.from_file(str(home / 'tokenizers' / 'l2_supercat_tokenizer_config.json'))
     table, = load_file(home / 'weights' / 'l2_supercat_256.safetensors').values()
-    tokens = [e.ids[:most] for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+    return tokenizer, table.float()
+
+def _token_lists(tokenizer, texts, most):
+    return [e.ids[:most] for e in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+
+def wordllama(
+    texts,          # of str
+    most:int=48,    # tokens that are read of a text
+) -> torch.Tensor: # (N, 256) float32, of length 1
+    "Means of the token vectors in wordllama's wheel. Raises ValueError that says what to install."
+    tokenizer, table = wordllama_wheel()
+    tokens = _token_lists(tokenizer, texts, most)
     bags = torch.from_numpy(np.cumsum([0, *(len(t) for t in tokens)])[:-1])
     flat = torch.tensor([n for t in tokens for n in t])
-    e = torch.nn.functional.embedding_bag(flat, table.float(), bags, mode='mean')
+    e = torch.nn.functional.embedding_bag(flat, table, bags, mode='mean')
     return torch.nn.functional.normalize(e, dim=1)
 
+# %% ../../nbs/data/17_text.ipynb #19f0e859
 def wordnet(teacher=wordllama) -> Texts: # a function of texts, or the array of what it gave for them
     "WordNet's glosses with a teacher's embeddings. Raises what `wordnet_folder` and the teacher do."
     found = list({gloss: (gloss, lemma, up or gloss) for gloss, lemma, up in
                   reversed(list(read_synsets(wordnet_folder())))}.values())[::-1]
     texts, lemmas, kinds = zip(*found)
     return own_texts(texts, teacher, 'wordnet', kinds, lemmas)
+
+# %% ../../nbs/data/17_text.ipynb #f27d9e83
+class Tokens(Passages):
+    "The same texts, read as the tokens of wordllama in their order, from 1. Raises ValueError without it."
+    def __init__(self, passages:Passages): # checked there
+        self.texts, self.given = passages.texts, passages.given
+
+    @cached_property
+    def pieces(self) -> Ragged: # made once; 48 tokens of a text at most, as the teacher reads
+        lists = _token_lists(wordllama_wheel()[0], self.texts, 48)
+        return Ragged([[n + 1 for n in l] for l in lists])
+
+def in_tokens(data:Texts) -> Texts:
+    "A data set whose students read tokens instead of pieces of words."
+    return replace(data, name=f'{data.name}, tokens', passages=Tokens(data.passages),
+                   queries={s: Tokens(q) for s, q in data.queries.items()})
