@@ -131,7 +131,7 @@ text_cut_rates = replace(
 
 # %% ../../nbs/tables/08_text_students.ipynb #b18171ba
 CUT_RATES = {}
-ORDER_RATES = {}
+ORDER_RATES = {'RKD-D': .25}    # where it is not the schedule's; SP, PKT and CC were not searched
 
 text_tokens = replace(
     text_order_rates,
