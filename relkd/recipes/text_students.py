@@ -130,8 +130,8 @@ text_cut_rates = replace(
 )
 
 # %% ../../nbs/tables/08_text_students.ipynb #b18171ba
-CUT_RATES = {}
-ORDER_RATES = {'RKD-D': .25}    # where it is not the schedule's; SP, PKT and CC were not searched
+CUT_RATES = dict.fromkeys(('RKD-D', 'PKT', 'CC', 'RKD-D, l2', 'SP, l2'), .0625)   # as searched for RKD-D, l2
+ORDER_RATES = {'RKD-D': .25}            # SP, PKT and CC take the schedule's
 
 text_tokens = replace(
     text_order_rates,
