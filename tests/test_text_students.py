@@ -58,7 +58,7 @@ def test_prefixes_of_a_loss_with_parts_have_one_a_size():
     (lambda: Prefixes("RKDDistance", (4, 2)), "sizes that grow from 1, as (16, 32, 64) do; got (4, 2)"),
     (lambda: Prefixes("RKDDistance", ()), "sizes that grow from 1"),
     (lambda: Prefixes("RKDDistance", (0, 2)), "sizes that grow from 1"),
-    (lambda: Prefixes("RKDDistance", SIZES)(torch.randn(6, 4), torch.randn(6, 4)), "Prefixes of 5 numbers need embeddings (N, D) of as many"),
+    (lambda: Prefixes("RKDDistance", SIZES)(torch.randn(6, 4), torch.randn(6, 4)), "Prefixes of 5 numbers need embeddings (N, D) of as"),
     (lambda: Prefixes("RKDDistanc", SIZES), "unknown loss"),
 ])
 def test_what_cannot_be_is_said_in_one_line(change, said):
