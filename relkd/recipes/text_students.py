@@ -38,6 +38,7 @@ class TokenTable(NGrams):
     "A student that adds up tokens; its table is random at first, or cut from the teacher's own."
     buckets:int=2**15
     cut:bool=False        # start from the first axes of the teacher's table
+    named = None          # not to be published as a bag of n-grams
 
     def __call__(self,
         outputs:int,  # numbers of its embedding, at most 256 if `cut`; None: 64
