@@ -19,6 +19,7 @@ from relkd.features import Features
 from relkd.ground import digest
 from relkd.models import create
 from relkd.models.imagenet import ImageNet
+from relkd.recipes.text_students import TokenTable
 from relkd.recipes.omniglot import few_shot_rows, omniglot_paper
 from relkd.tables.recipe import Recipe, described, from_file, recipe
 
@@ -166,7 +167,8 @@ def test_every_layer_that_a_recipe_names_exists():
     for network, layers in wanted.items():
         with torch.device("meta"):
             name, *others = network
-            Features(create(replace(name, pretrained=False) if isinstance(name, ImageNet) else name, *others), layers)
+            files = {"pretrained": False} if isinstance(name, ImageNet) else {"cut": False} if isinstance(name, TokenTable) else {}
+            Features(create(replace(name, **files) if files else name, *others), layers)
 
 
 def test_where_attention_finds_positions():
