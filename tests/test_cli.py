@@ -206,8 +206,7 @@ def test_a_signal_stops_at_a_checkpoint_and_the_same_command_goes_on(tmp_path, n
               "--out", str(tmp_path / "out"), said=tmp_path / "said.txt", OMP_NUM_THREADS=1)
     deadline = time.time() + 180
     while not list(tmp_path.glob("out/records/digits-12epochs/teacher*")) and time.time() < deadline and p.is_alive():
-        time.sleep(.02)
-    time.sleep(.3)
+        time.sleep(.005)
     os.kill(p.pid, number)
     p.join(120)
     error = (tmp_path / "said.txt").read_text()
