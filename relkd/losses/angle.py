@@ -139,11 +139,13 @@ class _Buffers:
         return both if on_diagonal else (*both, H.sum(1), X.sum(1))
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #cf0b8aeb
-def _tiling(n, a, itemsize):
-    "Slices of n points, and how many of a vertices are done at a time."
+def _tiling(q, a, fused):
+    "Slices of the points of q (N, N), and how many of a vertices are done at a time."
+    n = len(q)
     side = -(-n // max(1, round(n / 64)))
-    return ([slice(i, min(i + side, n)) for i in range(0, n, side)],
-            max(1, min(a, 2**21 // itemsize // side**2)))
+    cuts = [slice(i, min(i + side, n)) for i in range(0, n, side)]
+    size = 2**21 if fused or q.is_cuda or len(cuts) == 1 else 2**19    # bytes of a buffer, of four
+    return cuts, max(1, min(a, size // q.itemsize // side**2))
 
 # %% ../../nbs/losses/21_fast_angle.ipynb #5890597b
 def _near(both, roots, J):
@@ -174,11 +176,11 @@ def _cube(
 ): # sum of the Huber losses, as wide as the device allows; M (N, N), v (A, N), w (A, N) in `dtype`
     "All cosines at these vertices, compared and differentiated, a block at a time."
     n, a = both.shape[1], len(anchors)
-    cuts, block = _tiling(n, a, dtype.itemsize)
     both = both.to(dtype)
     q, z = both
     roots = _reciprocal(both).mul_(.5).sqrt_()    # 1 / distance, with the factor 1/2 of the law of cosines
     fused = _fused(q) if compiled else None
+    cuts, block = _tiling(q, a, fused)
     one = fused or _Buffers(q, block * cuts[0].stop**2)
     def at(I, K, p, r, a, u):
         return one(p[:, I], p[:, K], r[:, I], r[:, K], q[I, K], a[:, I], a[:, K], u[:, I], u[:, K],
