@@ -16,6 +16,7 @@ COLOURS = {
     'FitNet': '#7a5c3e', 'AT': '#e377c2', 'SP': '#64b5cd', 'CC': '#b8a13a', 'VID': '#a1287d',
     'PKT': '#137a74', 'AB': '#a9c44c', 'FT': '#f2b701', 'FSP': '#5a3fa0', 'NST': '#9e2a10',
     'CRD': '#1f3d7a', 'OFD': '#6b7a1e', 'DKD': '#ff6f61', 'DIST': '#1a75ff',
+    'Cosine': '#f08c00', 'MSE': '#d4a373', 'Gram': '#ff9da7',
     'Triplet': '#b07aa1', 'Regression': '#6b8fa8',
 }
 

@@ -15,27 +15,35 @@ from .colours import method_colours
 from .data.episodes import episode_labels
 from .ground import write_atomically
 from .relations import pdist
-from .run_plots import by_row, literal, plain, runs_figure, titled
+from .run_plots import at_the_edge, by_row, far_off, fit, literal, plain, runs_figure, titled
 from .tasks.fewshot import episode_logits
 
 # %% ../nbs/lab/35_plots.ipynb #883cc51c
 def _one_test(ax, rows, frame, last, base, colours):
     """Differences of one test: seeds as dots, the mean with both its intervals,
-    the paper's difference as a cross."""
+    the paper's difference as a cross; a row that is far off in words."""
+    beyond, held = far_off(frame, base), [0.]
     for k, row in enumerate(rows):
         if row not in frame.index or np.isnan(frame.loc[row, 'difference']):
             continue
         v, over = frame.loc[row], frame.loc[row, 'difference_over_episodes']
         mean, half = v['difference'], np.nan_to_num((v['high'] - v['low']) / 2)
+        if row in beyond:
+            told = f'{mean:+.1f}' + ('' if np.isnan(over) else f' ± {over:.1f}')
+            at_the_edge(ax, k, told, colours[row], v['last'] < frame['last'].median())
+            continue
         ax.errorbar(mean, k, xerr=half, color='0.55', lw=1, capsize=4, zorder=1)
         if not np.isnan(over):
             ax.barh(k, 2 * over, .34, mean - over, color=colours[row], alpha=.5, lw=0, zorder=2)
         ax.plot(mean, k, 'D', ms=5, color=colours[row], mec='black', zorder=3)
         paired = [a - last[base][s] for s, a in last[row].items() if s in last[base]]
         ax.scatter(paired, [k - .28] * len(paired), s=16, color=colours[row], alpha=.7, lw=0)
+        held += [mean - half, mean + half, mean - np.nan_to_num(over), mean + np.nan_to_num(over), *paired]
         paper = v['paper'] - frame.loc[base, 'paper'] if base in frame.index else np.nan
         if not np.isnan(paper):
             ax.scatter(paper, k + .28, marker='x', color='black', s=30, lw=1.2)
+            held.append(paper)
+    fit(ax, held)
     ax.axvline(0, color='0.5', lw=1, ls=':')
 
 # %% ../nbs/lab/35_plots.ipynb #d047ad37
@@ -58,7 +66,8 @@ def _tests(records, frame, base, title):
     cross = '; cross: the paper, quoted' if frame['paper'].notna().any() else ''
     on, thick = 'of the same seed', ''
     if frame['over_episodes'].notna().any():
-        on, thick = 'on the same episodes', 'thick bar: 95 % over episodes; '
+        over = 'episodes' if any('shot' in t for t in tests) else 'blocks of the test set'
+        on, thick = f'on the same {over}', f'thick bar: 95 % over {over}; '
     base = literal(base)
     fig.supxlabel(f'difference to {base} {on} (points)\ndots: seeds; {thick}thin bar: 95 % over seeds{cross}',
                   fontsize=9)

@@ -49,6 +49,14 @@ def test_pieces_of_a_text():
     assert Ragged([[5], [7, 8, 9]])[torch.tensor([1, 0])].tolist() == [[7, 8, 9], [5, 0, 0]]
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_a_text_of_a_file_may_hold_what_python_takes_for_line_ends(end, tmp_path):
+    texts = [t.replace(" ", "\u2028", 1) + "\x0c\x85" for t in TEXTS]
+    for last in ("", end):
+        (tmp_path / "texts.txt").write_bytes((end.join(texts) + last).encode())
+        assert own_texts(tmp_path / "texts.txt", embed).texts("train") == own_texts(texts, embed).texts("train")
+
+
 @pytest.mark.parametrize("change, said", [
     (lambda: own_texts(["", *TEXTS[1:]], embed(TEXTS)), "text 0 is '', without a letter or a digit"),
     (lambda: own_texts([*TEXTS[:-1], "?!"], embed(TEXTS)), "text 89 is '?!'"),

@@ -157,10 +157,11 @@ def _lines(texts):
     "Texts of a file, one a line, or as they are."
     if not (isinstance(texts, str) or hasattr(texts, '__fspath__')):
         return list(texts)
-    try: return Path(texts).expanduser().read_text(encoding='utf-8-sig').splitlines()
+    try: lines = Path(texts).expanduser().read_text(encoding='utf-8-sig').split('\n')
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read texts from {texts} ({type(error).__name__}): give a file in UTF-8, "
                          "one text a line, or a list") from None
+    return lines[:-1] if lines[-1] == '' else lines     # a form feed or U+2028 ends no line
 
 def own_texts(
     texts,            # a file, one text a line, or a list of str
