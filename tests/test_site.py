@@ -46,10 +46,13 @@ def languages():
     return room("languages")
 
 
-def test_every_recipe_has_a_title_in_both_languages():
+def test_every_recipe_has_its_words_in_both_languages():
     from relkd.catalogue import known_recipes
+    from relkd.tables.recipe import recipe
 
-    assert known_recipes().keys() <= room("recipe_titles").CHINESE.keys()
+    titles, recipes = room("recipe_titles"), [recipe(name) for name in known_recipes()]
+    assert known_recipes().keys() <= titles.CHINESE.keys()
+    assert {text for r in recipes for text in (r.source, r.cut) if text} == titles.SAID.keys()
 
 
 def blocks(html, languages):
