@@ -96,7 +96,8 @@ def table_of_tables(known, kept):
             continue
         seen.append(r.quoted)
         small = next((n for n in (f"{name.split('/')[0]}/cpu",) if n in kept and kept[n][1] and n != name), None)
-        text += [f"\n## {known[name]}\n", f"{plain(r.source)}: [{name}]({slug(name)}.md) · {plain(SAID[r.source])}：[{name}]({slug(name)}.md)\n",
+        page = f"[{name}]({slug(name)}.md)"
+        text += [f"\n## {known[name]}\n", f"{plain(r.source)}: {page} · {plain(SAID[r.source])}：{page}\n",
                  f"Cut down · 删减：[{small}]({slug(small)}.md)\n" if small else "",
                  "| row · 行 | test · 测试 | the paper · 论文 | here · 这里 | cut down · 删减 |", "|---|---|---|---|---|"]
         for (row, test), _ in cells_of(r):
