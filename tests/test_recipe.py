@@ -79,6 +79,17 @@ def test_the_base_row_is_kept_and_the_teacher_is_a_row_in_both_kinds():
     (lambda r: r.with_value("schedule.lr.x", 1), "--set schedule.lr.x: 0.05 has no field 'x'"),
     (lambda r: r.with_value("rows.RKD.terms.0.weight", 1), "--set rows.RKD.terms.0.weight: unknown item 'RKD'"),
     (lambda r: r.with_value("schedule.epochs", 0), "a schedule needs at least 1 epoch; got 0"),
+    (lambda r: r.with_value("schedule.milestones", 5), "--set schedule.milestones: 5 is one value, where several stand"),
+    (lambda r: r.with_value("seeds", 3), "--set seeds: 3 is one value, where several stand (0): write (3,)"),
+    (lambda r: r.with_value("rows", "abc"), "--set rows: 'abc' is one value, where several stand (Student"),
+    (lambda r: r.with_value("rows", ("abc",)), "--set rows: 'abc' is no Row: change a field of it"),
+    (lambda r: r.with_value("rows.HKD.terms.0.options.T", "hot"), "'hot' is a str, where"),
+    (lambda r: few_shot_toy().with_value("teacher_schedule.epochs", 3), "the teacher of few-shot-toy follows the students' schedule: change schedule.epochs"),
+    (lambda r: r.with_value("eval_every", 0), "eval_every is a number of epochs, at least 1; got 0"),
+    (lambda r: r.with_value("baseline", "nothing"), "unknown row of toy as its baseline 'nothing'"),
+    (lambda r: r.with_value("seeds", (0, 0)), "seeds differ from each other; got [0, 0]"),
+    (lambda r: few_shot_toy().with_value("task.shot", 7), "few-shot-toy is run for each shot of 1, 2: change vary.shot, such as to (7,)"),
+    (lambda r: few_shot_toy().with_value("vary.shot", 1), "--set vary.shot: 1 is one value, where several stand (1, 2)"),
     (lambda r: recipe("digit"), "unknown recipe 'digit': did you mean 'digits'?"),
     (lambda r: recipe("nowhere.py"), "no file nowhere.py: name a recipe, or a Python file that defines one"),
 ])
@@ -93,7 +104,7 @@ def test_errors_are_one_line(call, message):
     ("task.labelled", None, lambda r: r.task.labelled),
     ("rows.HKD.terms.0.weight", 3., lambda r: r.rows[2].terms[0].weight),
     ("rows.2.terms.0.options.T", 2., lambda r: r.rows[2].terms[0].options["T"]),
-    ("precision", "bf16", lambda r: r.precision), ("schedule.milestones", [1, 2], lambda r: list(r.schedule.milestones)),
+    ("precision", "bf16", lambda r: r.precision), ("precision", 32, lambda r: int(r.precision)), ("schedule.milestones", [1, 2], lambda r: list(r.schedule.milestones)),
     ("data_options.resize", "nearest", lambda r: r.data_options["resize"]),
 ])
 def test_one_value_changed_is_another_experiment_that_says_so(path, value, read):

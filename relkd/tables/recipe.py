@@ -56,12 +56,21 @@ class _Fields:
                              f"{wrong!r}")
         if not len(self.seeds) or any(type(s) is not int or s < 0 for s in self.seeds):
             raise ValueError(f"seeds are whole numbers from 0; got {list(self.seeds)}")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds differ from each other; got {list(self.seeds)}")
         known = {f.name for f in fields(self.task)}
         if unknown := [k for k in self.vary if k not in known]:
             raise ValueError(nearest(f'field of {type(self.task).__name__} to vary', unknown[0], known))
         if unknown := [k for k in self.starts if k not in ('teacher', 'student')]:
             raise ValueError(nearest(f'network of {self.name} that starts', str(unknown[0]),
                                      ('teacher', 'student')))
+        if isinstance(self.precision, int):
+            object.__setattr__(self, 'precision', str(self.precision))
+        if self.baseline not in (None, 'Teacher', *names):
+            raise ValueError(nearest(f'row of {self.name} as its baseline', self.baseline,
+                                     (*names, 'Teacher')))
+        if type(self.eval_every) is not int or self.eval_every < 1:
+            raise ValueError(f"eval_every is a number of epochs, at least 1; got {self.eval_every!r}")
 
 # %% ../../nbs/lab/30_recipe.ipynb #211e7dbf
 class _Places(_Fields):
@@ -200,7 +209,15 @@ class Recipe(_Places):
     ) -> 'Recipe':
         """The recipe with one value changed: another experiment, with another name.
         Raises ValueError for a value that it has not."""
-        new, old = changed(self, path.split('.'), value, path)
+        names = path.split('.')
+        if names[0] == 'task' and names[1:2] and names[1] in self.vary:
+            values = ', '.join(map(str, self.vary[names[1]]))
+            raise ValueError(f"--set {path}: {self.name} is run for each {names[1]} of {values}: change "
+                             f"vary.{names[1]}, such as to ({value!r},)")
+        if names[0] == 'teacher_schedule' and names[1:] and self.teacher_schedule is None:
+            raise ValueError(f"--set {path}: the teacher of {self.name} follows the students' schedule: change "
+                             f"schedule.{'.'.join(names[1:])}, or give it a teacher_schedule in a file")
+        new, old = changed(self, names, value, path)
         name = f'{self.name}-{slug(path)}={slug(str(value))}'
         said = f'{path} = {value!r} instead of {old!r}'
         return replace(new, name=re.sub(r'[^\w./=+-]', '_', name),
