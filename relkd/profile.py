@@ -176,7 +176,7 @@ def _trainee(e, group):
     return _Steps([learner], stream, None, e.fabric)
 
 def _taught(trainee, steps, device):
-    "Milliseconds of a step of the teacher's training, what it asks for, and its stream; none of it if it is given."
+    "Milliseconds of a step of the teacher's training, what it asks for, its stream; nothing if it is given."
     if trainee is None: return 0., {}, []
     with trainee.together.under_way():
         return _median(trainee.step, steps), count_calls(trainee.step, device), trainee.together.stream

@@ -428,7 +428,7 @@ def test_a_checkpoint_does_not_say_where_records_are_written(tmp_path):
     ({"data": split_digits, "task": FewShot(length=0)}, "few-shot learning needs length of at least 1; got 0"),
     ({"data": split_digits, "task": FewShot(test_episodes=1)}, "few-shot learning needs test_episodes of at least 2; got 1"),
     ({"data": split_digits, "task": Retrieval(size=4, images=5), "schedule": replace(toy().schedule, batch_size=5)},
-     "a batch of 5 holds one class of 5 images, and a triplet needs two: choose 10 or more"),
+     "a batch of 5 cannot hold two whole classes of 5 images, or more: choose a multiple of 5 from 10 on"),
 ])
 def test_what_cannot_be_is_said_before_any_training(tmp_path, no_training, change, message):
     one_line(lambda: run(replace(toy(), **change), session(tmp_path)), message)

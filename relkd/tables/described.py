@@ -102,8 +102,8 @@ def _like(value, old, whole):
         return float(value)
     plain = (bool, int, float, str)
     if is_dataclass(old) and type(value) is not type(old):
-        raise ValueError(f"--set {whole}: {value!r} is no {type(old).__name__}: change a field of it, or write "
-                         "a recipe in a file")
+        raise ValueError(f"--set {whole}: {value!r} is no {type(old).__name__}: change a field of it, or "
+                         "write a recipe in a file")
     if isinstance(old, plain) and type(value) is not type(old) and not (type(old) is int and value is None):
         raise ValueError(f"--set {whole}: {value!r} is a {type(value).__name__}, where {old!r} is a "
                          f"{type(old).__name__}")

@@ -59,9 +59,11 @@ def _check_images(net, name, data, outputs=None):
         raise ValueError(f"network {name!r} cannot take images of {size} ({str(error).splitlines()[0]}): "
                          "choose another network, or larger images") from error
     if outputs and isinstance(found, torch.Tensor) and found.shape[1:] != (outputs,):
-        raise ValueError(f"network {name!r} puts out {' x '.join(map(str, found.shape[1:]))} numbers an image "
-                         f"where {outputs} classes need {outputs}: make its last layer as wide as it is asked to be")
+        wide = ' x '.join(map(str, found.shape[1:]))
+        raise ValueError(f"network {name!r} puts out {wide} numbers an image where {outputs} classes need "
+                         f"{outputs}: make its last layer as wide as it is asked to be")
 
+# %% ../../nbs/lab/31_experiment.ipynb #260cb790
 def _check_layers(experiment):
     "So is a layer that does not exist."
     r = experiment.recipe

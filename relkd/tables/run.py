@@ -138,6 +138,7 @@ def _given(experiment, group, task, net):
         compare(given, found, tests[task.headline]['accuracy'], e.data.counts.get('test', 1))
     return tests
 
+# %% ../../nbs/lab/32_run.ipynb #ec517480
 def _cells(experiment, group):
     "Row, seed and protocol of a group's students."
     e = experiment
@@ -161,6 +162,7 @@ def _refuse_without_weights(experiment, groups):
                              f"{e.session.out} has the record alone: name another folder with --out, or "
                              "train the teacher again with --replace")
 
+# %% ../../nbs/lab/32_run.ipynb #d018e852
 def _rehearse(experiment, group, teacher):
     """One step of every row beside the untrained teacher: what does not fit is said before hours are spent.
     Leaves nothing, neither weights nor random numbers."""
@@ -179,6 +181,7 @@ def _rehearse(experiment, group, teacher):
                 l.step(e.fabric, 0., 0, mine, look, labels, index)
     e.rehearsed = True
 
+# %% ../../nbs/lab/32_run.ipynb #25bed5bb
 def _teacher(experiment, group):
     "The teacher of a group: found, given, or trained."
     e, r = experiment, experiment.recipe

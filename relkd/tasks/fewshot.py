@@ -120,7 +120,8 @@ def _check_classes(task, data):
                          "such a set")
     for field, least in ('length', 1), ('test_episodes', 2):
         if getattr(task, field) < least:
-            raise ValueError(f"few-shot learning needs {field} of at least {least}; got {getattr(task, field)}")
+            raise ValueError(f"few-shot learning needs {field} of at least {least}; got "
+                             f"{getattr(task, field)}")
     kinds = ('train', (task.way,), task.query), ('val', task.ways[:1], task.test_query), ('test', task.ways,
                                                                                           task.test_query)
     for split, ways, query in kinds:
