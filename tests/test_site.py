@@ -83,6 +83,10 @@ def test_each_block_has_a_language_and_its_neighbour(languages):
     ("$a$ is at most $b$, · `c` · 而且", "x is at most x,", "x而且"),
     ("- `rkd(*gather(s, t))`：一行。 · One line, and no other.", "rkd(*gather(s, t)) One line, and no other.", "rkd(*gather(s, t)) ：一行。"),
     ("| a | b |\n|---|---|\n| `T` | weights · 权重 |", "a b T weights", "a b T 权重"),
+    ("- [KD](x), [the zoo · 动物园](y): one line · 一行", "KD, the zoo: one line", "KD, 动物园: 一行"),
+    ("## `td`: the difference · 每一对点的差", "td: the difference", "td: 每一对点的差"),
+    ("- 约定：`a`、`b`。 · Agreed on: `a`, `b`.", "Agreed on: a, b", "约定：a、b"),
+    ("Few words ([lesson · 课](x)).\n\n词不多（见[lesson · 课](x)）。", "Few words (lesson).", "词不多（见课）。"),
 ])
 def test_where_a_block_is_cut(text, english, chinese, languages):
     html = as_html(text)
@@ -105,6 +109,48 @@ def test_where_a_block_is_cut(text, english, chinese, languages):
         assert read("en").startswith(clean["en"]) and "而且" not in read("en")
     else:
         assert {lang: read(lang).replace(" ", "") for lang in clean} == {k: v.replace(" ", "") for k, v in clean.items()}
+
+
+def shown(e, lang, links=True):
+    "The words of an element in one language, as a reader gets them; code and formulae are a stroke."
+    from_other, kinds = {"en": "only-zh", "zh": "only-en"}[lang], (e.get("class") or "").split()
+    if {from_other, "cut", "colon"} & {*kinds} or (e.tag == "a" and not links):
+        return " "
+    if e.tag in ("code", "pre", "svg", "img") or {"math", "cell"} & {*kinds}:
+        return " | "
+    return (e.text or "") + "".join(shown(c, lang, links) + (c.tail or "") for c in e)
+
+
+def blocks_shown(e, languages, seen=("en", "zh")):
+    "(language, block) of everything that a reader of one language sees."
+    kinds = (e.get("class") or "").split()
+    seen = [lang for lang in seen if {"en": "only-zh", "zh": "only-en"}[lang] not in kinds]
+    if e.tag in languages.BLOCKS and not any(c.tag in languages.HOLDERS for c in e):
+        yield from ((lang, e) for lang in seen)
+    else:
+        for child in e:
+            yield from blocks_shown(child, languages, seen)
+
+
+def test_no_reader_is_left_with_the_other_language(languages):
+    """In one language no block shows its other half, in English nothing is Chinese but a term in brackets, and no Chinese sentence
+    goes on in English; cells of tables and links are names."""
+    left = []
+    for name in NOTEBOOKS:
+        cells = json.loads((ROOT / "nbs" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+        html = "".join(as_html("".join(c["source"])) if c["cell_type"] == "markdown" else '<div class="cell"></div>' for c in cells)
+        for lang, e in blocks_shown(blocks(html, languages)[0], languages):
+            text = " ".join(shown(e, lang).split())
+            bare, unlinked = (re.sub(r"[(（][^()（）]*[)）]|[\w-]+-[\w-]+", "", t) for t in (text, shown(e, lang, links=False)))
+            strange = {"en", "zh"} <= {languages.language(part) for part in languages.CUT.split(text) if part}
+            if lang == "en":
+                strange |= name != "01_glossary" and bool(languages.HAN.search(bare))
+            elif e.tag not in ("td", "th"):
+                runs = re.split(r"[\u3000-\u303f\u3400-\u9fff\uff00-\uffef|]+", unlinked)
+                strange |= any(sum(w.islower() for w in languages.WORD.findall(run)) > 2 for run in runs)
+            if strange:
+                left.append(f"{name}, {lang}: <{e.tag}> {text[:200]}")
+    assert not left, "\n".join(left)
 
 
 def test_the_playground_computes_what_the_package_does():

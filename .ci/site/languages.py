@@ -76,10 +76,13 @@ def at_text(part, pattern, last=False):
     return None
 
 
-def shared(part, follows):
+def shared(part, follows, english):
     """A Chinese piece as [(language, atoms)]: what stands behind its label (论文：) or behind its last stop and is in no
-    language belongs to both; and if a further Chinese piece follows, what stands behind the last stop is its English half."""
-    if (cut := at_text(part, "：")) and not HAN.search(words(cut[1])) and len(words(cut[0])) < 16:
+    language belongs to both, if the English pieces have not said it themselves; and if a further Chinese piece follows, what
+    stands behind the last stop is its English half."""
+    cut = at_text(part, "：")
+    own = {*things(cut[1])} if cut else set()
+    if cut and not re.search(f"{HAN.pattern}|[。、]", words(cut[1])) and len(words(cut[0])) < 16 and not (own and own <= english):
         label, rest = cut
         if follows and (cut := at_text(rest, r"[.;,] (?=\w|$)|；", last=True)):
             return [("zh", label), ("", cut[0]), ("en", cut[1])]
@@ -99,10 +102,10 @@ def halves(e):
     if not {"en", "zh"} <= set(spoken):
         text = said(e)
         return [(language(text) if HAN.search(text) or WORD.search(text) else "", "", atoms(e))]
-    found = []
+    found, english = [], {x for (_, part), lang in zip(cut, spoken) if lang == "en" for x in things(part)}
     for k, (before, part) in enumerate(cut):
         follows = k + 1 < len(cut) and spoken[k + 1] == "zh"
-        split = shared(part, follows) if spoken[k] == "zh" else [(spoken[k], part)]
+        split = shared(part, follows, english) if spoken[k] == "zh" else [(spoken[k], part)]
         for n, (lang, some) in enumerate(split):
             sign = before if n == 0 else ""
             glue = found and (lang == found[-1][0] or (not lang and n == 0)) and n == 0
@@ -110,24 +113,32 @@ def halves(e):
                 found[-1][2].extend(([sign] if sign else []) + some)
             elif some:
                 found.append((lang, sign, list(some)))
-    return kept(answer_first(found))
+    return kept(label_first(found))
 
 
-def codes(part):
-    return ["".join(x.itertext()) for a in part if not isinstance(a, str) for x in a.iter() if x.tag == "code"]
+def things(part):
+    "The links, pieces of code and formulae in atoms: (tag, what it says or where it leads)."
+    within = [x for a in part if not isinstance(a, str) for x in a.iter() if isinstance(x.tag, str)]
+    within = [x for x in within if x.tag in ("a", "code") or "math" in (x.get("class") or "").split()]
+    return [(x.tag, x.get("href") or "".join(x.itertext())) for x in within]
 
 
-def answer_first(found):
-    "What begins with lines of code is an answer, of which both languages speak: `x = f(y)`：一行。 · One line."
+def label_first(found):
+    """What begins with code, formulae or links has in them a label or an answer, of which both languages speak, if the other half
+    has none of them: `td`: the difference · 每一对点的差; [KD](x): one line · 一行; `x = f(y)`：一行。 · One line."""
     lang, sign, first = found[0]
-    n = next((k for k, a in enumerate(first) if WORD.search(words([a])) or HAN.search(words([a])) or
-              (not isinstance(a, str) and not codes([a]))), len(first))
-    while n and isinstance(first[n - 1], str):
-        n -= 1
-    answer, elsewhere = codes(first[:n]), codes([a for other, _, some in found[1:] for a in some])
-    if n == len(first) or sum(map(len, answer)) < 12 or {*answer} & {*elsewhere}:
-        return found
-    return [("", sign, first[:n]), (lang, "", first[n:]), *found[1:]]
+    end = next((k for k, a in enumerate(first) if (WORD.search(a) or HAN.search(a) if isinstance(a, str) else a.tag != "a" and
+                (WORD.search(said(a)) or HAN.search(said(a)) or not things([a])))), len(first))
+    elsewhere = things([a for _, _, some in found[1:] for a in some])
+    for n in range(min(end, len(first) - 1), 0, -1):
+        own, behind = things(first[:n]), first[n] if isinstance(first[n], str) else ""
+        label = re.match(r"[:,;] ", behind)
+        answer = sum(len(text) for tag, text in own if tag == "code") >= 12
+        if isinstance(first[n - 1], str) or {*own} & {*elsewhere} or (elsewhere and not answer and not behind.startswith(": ")):
+            continue
+        rest = [behind[2:], *first[n + 1:]] if label else first[n:]
+        return [("", sign, first[:n] + ([label.group()] if label else [])), (lang, "", rest), *found[1:]]
+    return found
 
 
 def carried(part):
@@ -174,7 +185,7 @@ def split(e, make):
             within = True
     parts = halves(e)
     if len(parts) == 1:
-        return "both" if within else parts[0][0]
+        return parts[0][0] or ("both" if within else "")              # a link in both languages does not make its paragraph so
     tail, attributes = e.tail, dict(e.attrib)
     e.clear()
     e.tail = tail
