@@ -46,10 +46,13 @@ def languages():
     return room("languages")
 
 
-def test_every_recipe_has_a_title_in_both_languages():
+def test_every_recipe_has_its_words_in_both_languages():
     from relkd.catalogue import known_recipes
+    from relkd.tables.recipe import recipe
 
-    assert known_recipes().keys() <= room("recipe_titles").CHINESE.keys()
+    titles, recipes = room("recipe_titles"), [recipe(name) for name in known_recipes()]
+    assert known_recipes().keys() <= titles.CHINESE.keys()
+    assert {text for r in recipes for text in (r.source, r.cut) if text} == titles.SAID.keys()
 
 
 def blocks(html, languages):
@@ -151,6 +154,18 @@ def test_no_reader_is_left_with_the_other_language(languages):
             if strange:
                 left.append(f"{name}, {lang}: <{e.tag}> {text[:200]}")
     assert not left, "\n".join(left)
+
+
+@pytest.mark.parametrize("tex, text", [
+    (r"\(\sqrt{2-2\cos}\)", "√(2-2cos)"),
+    (r"\(\frac{1}{2}r^3\)", "1/2r³"),
+    (r"\[\lVert \tilde G(s)-\tilde G(t)\rVert_F^2\]", "‖ G(s)- G(t)‖_F²"),
+    (r"\(x\in\mathbb R^{HW}\)", "x∈ R^HW"),
+    (r"\(\mathcal L_{\mathrm{SP}}=94\cdot10^{-5}\)", "L_SP=94·10⁻⁵"),
+    (r"\(\begin{cases}0&s\le0\\(s-\tau)^2&\text{otherwise}\end{cases}\)", "0 s≤0; (s-τ)² otherwise"),
+])
+def test_a_formula_reads_as_words(tex, text):
+    assert room("formulae").words(tex) == text
 
 
 def test_the_playground_computes_what_the_package_does():
@@ -304,6 +319,35 @@ def test_the_switch_hides_and_shows_and_is_remembered(at, page):
     page.open(f"{at}losses/01_kd.html")
     page.call("Emulation.setScriptExecutionDisabled", value=False)
     assert page.do(SEEN % "zh") and page.do(SEEN % "en")                                 # without JavaScript both show
+
+
+@slow_site
+def test_pictures_are_described_in_the_language_that_is_shown(site, at, page):
+    alts = "[...document.querySelectorAll('article img')].map(i => i.alt)"
+    for name in ("losses/00_rkd", "00_relations", "lab/00_docs", "tasks/03_triplet"):
+        page.open(f"{at}{name}.html?lang=zh")
+        chinese = page.do(alts)
+        page.do("window.chooseLanguage('en')")
+        english = page.do(alts)
+        page.do("window.chooseLanguage('both')")
+        assert page.do(alts) == [f"{en} · {zh}" for en, zh in zip(english, chinese)]
+        assert chinese and all(re.search("[一-鿿]", zh) for zh in chinese) and not re.search("[一-鿿]", "".join(english))
+        assert not re.search(r"\\|Read after", " ".join(english + chinese)), english + chinese
+    assert "√2" in english[0] and "√2" in chinese[0]
+    found = re.findall(r'data-alt-(en|zh)="([^"]*)"', "".join(p.read_text(encoding="utf-8") for p in site.glob("**/*.html")))
+    assert len(found) > 200 and all(text for _, text in found)
+    assert all((lang == "zh") == bool(re.search("[一-鿿]", text)) for lang, text in found)
+
+
+@slow_site
+def test_what_the_search_shows_is_readable(site):
+    for lang, word in (("zh", "球面"), ("en", "sphere")):
+        words = (site / "_static" / f"words-{lang}.js").read_text(encoding="utf-8")
+        pages = json.loads(words.partition("=")[2])
+        raw = [name for name, _, text in pages if re.search(r"\\[(\[]|\\(frac|mathrm|sqrt|lVert)\b", text) and not name.startswith("api/")]
+        assert not raw, raw
+        text = next(text for name, _, text in pages if name == "losses/00_rkd.html")
+        assert "w_angle" in text and any(word in text for _, _, text in pages)                  # and it finds names in code
 
 
 @slow_site

@@ -3,6 +3,7 @@
 `python .ci/site/finish.py _docs`, with the site's own environment, after sphinx-build."""
 import asyncio
 import json
+import re
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -11,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 import lxml.html
-from languages import said, split, visit
+from formulae import words
+from languages import split, visit
 
 HEAD = '<script src="{root}_static/language.js"></script>', '<link rel="icon" href="{root}_static/icon.svg">'
 FLAGS = {"slow": ("take over 20 seconds", "要二十秒以上"), "cuda": ("need a GPU", "需要GPU"), "clients": ("need the page's library", "需要本页所讲的库")}
@@ -19,6 +21,9 @@ FLAGS = {"slow": ("take over 20 seconds", "要二十秒以上"), "cuda": ("need 
 FURO = {"Previous": "上一页", "Next": "下一页", "Home": "首页", "Back to top": "回到顶部"}
 DOWNLOADED = ("The downloaded notebook begins with this cell. Data that is not there is named, with the command that gets it.",
               "下载的笔记本以这个单元开头。缺少数据时，会说明缺什么、用哪条命令取得。")
+SENTENCE = re.compile(r"(?<=[.!?] )(?=[A-Z“(])|(?<=[。！？])(?![）”]|$)")
+POINTS = re.compile(r"\b(?:picture|figure|left|below|panels?|drawn|image)\b|图|画|下面|左边", re.I)
+DESCRIBES = re.compile(r"(?:Left|Top|Solid|Dots?|Lines|Bars|Stars)\b|左|上[图面排]|实线|[点线条]是")    # so begins what stands in no italics
 
 
 def element(tag, attributes):
@@ -55,25 +60,82 @@ def bar(about, root, play):
     return lxml.html.fragment_fromstring(f'<nav class="bar" aria-label="page">{"".join(parts)}</nav>')
 
 
+def spoken(block, lang):
+    "What a block tells the readers of one language, its code and formulae as text."
+    if f"only-{'en' if lang == 'zh' else 'zh'}" in (block.get("class") or "").split():
+        return ""
+    return " ".join(one_language(block, lang).text_content().split())
+
+
+def is_caption(block):
+    "A paragraph that is in italics from end to end."
+    copy = deepcopy(block)
+    for em in copy.xpath(".//em"):
+        em.drop_tree()
+    return block.tag == "p" and block.find(".//em") is not None and not copy.text_content().strip(" ·\u00a0\n")
+
+
+def blocks_below(img):
+    "The paragraphs that follow a picture: one, or two of one language each."
+    outer = [e for e in img.iterancestors() if "cell" in (e.get("class") or "").split() or e.tag in ("p", "figure")]
+    e, found = (outer[-1] if outer else img).getnext(), []
+    while e is not None and e.tag == "p" and len(found) < 2 and (not found or "only-" in (e.get("class") or "")):
+        found.append(e)
+        e = e.getnext()
+    return found
+
+
+def beginning(text, room=250):
+    "The first whole sentences of a text, as many as there is room for."
+    found = ""
+    for sentence in SENTENCE.split(text):
+        if found and len(found) + len(sentence) > room:
+            break
+        found += sentence
+    return found.strip() if len(found) <= room + 50 else f"{found[:room].rstrip()}…"
+
+
+def about_picture(text, heading, colon):
+    "Of the prose above a picture: from the sentence on that speaks of it, else the heading and the last one."
+    sentences = SENTENCE.split(text)
+    found = next((k for k, s in enumerate(sentences) if POINTS.search(s)), None)
+    return "".join(sentences[found:]) if found is not None else colon.join(dict.fromkeys(filter(None, (heading, sentences[-1]))))
+
+
 def describe(article):
-    "Alternative texts: a figure is of what the prose above it says."
-    before = ""
-    for e in article.iter():
-        if e.tag in ("h1", "h2", "h3", "p") and not any("cell_output" in (a.get("class") or "") for a in e.iterancestors()):
-            before = " ".join(said(e).split()) or before
-        elif e.tag == "img":
-            e.set("loading", "lazy")
-            if not e.get("alt") or "_images" in e.get("alt") or e.get("alt").startswith(".."):
-                e.set("alt", f"Figure: {before[:160]}")
+    "Alternative texts in both languages: the caption below a picture, else what the prose says of it."
+    above, heading = {}, {}
+    for e in article.iter("h1", "h2", "h3", "p", "img"):
+        if e.tag != "img":
+            if not any("cell_output" in (a.get("class") or "") for a in e.iterancestors()) and e.find(".//img") is None:
+                above |= (now := {lang: said for lang in ("en", "zh") if (said := spoken(e, lang))})
+                heading = now if e.tag != "p" else heading
+            continue
+        e.set("loading", "lazy")
+        below = blocks_below(e)
+        captions = [b for b in below if is_caption(b)]
+        text = {lang: " ".join(filter(None, (spoken(b, lang) for b in captions or below))) for lang in ("en", "zh")}
+        if not captions and not any(map(DESCRIBES.match, text.values())):
+            text = {lang: about_picture(said, heading.get(lang), {"en": ": ", "zh": "："}[lang]) for lang, said in above.items()}
+        if (own := e.get("alt")) and "_images" not in own and not own.startswith(".."):
+            text["en"] = own
+        text = {lang: beginning(said).rstrip("：: ") for lang, said in text.items() if said}
+        for lang in ("en", "zh"):
+            e.set(f"data-alt-{lang}", text.get(lang) or next(iter(text.values())))
+        e.set("alt", " · ".join(dict.fromkeys(text.values())))
 
 
 def one_language(article, lang):
-    "A copy of the article with the blocks of one language and those of none, without outputs."
+    "A copy of the article with the blocks of one language and those of none, without outputs; its formulae are words."
     other = "en" if lang == "zh" else "zh"
     copy = deepcopy(article)
-    unread = [f'.//*[contains(@class, "{c}")]' for c in (f"only-{other}", "cell_output", "headerlink", "cut", "colon")]
+    unread = [f'.//*[contains(concat(" ", @class, " "), " {c} ")]' for c in (f"only-{other}", "cell_output", "headerlink", "cut", "colon")]
     for e in copy.xpath(" | ".join([".//nav", *unread])):
         e.drop_tree()
+    for e in copy.xpath('.//*[contains(concat(" ", @class, " "), " math ")]'):
+        tail, tex = e.tail, e.text_content()
+        e.clear()
+        e.text, e.tail = words(tex), tail
     return copy
 
 

@@ -1,4 +1,4 @@
-"""The recipes' titles in Chinese; tests/test_site.py asks for one of every recipe."""
+"""The recipes' titles in Chinese, and their sources and cuts; tests/test_site.py asks for all of every recipe."""
 CHINESE = {
     "cifar100/crd": "CRD基准：CIFAR-100，resnet32x4教resnet8x4",
     "cifar100/crd-vgg": "CRD基准：CIFAR-100，vgg13教vgg8",
@@ -54,4 +54,30 @@ CHINESE = {
     "text/batch-1024": "WordNet释义：批量1024，看过的文本一样多",
     "text/batch-4096": "WordNet释义：批量4096，看过的文本一样多",
     "text/batch-1024-steps": "WordNet释义：批量1024，步数一样多",
+}
+SAID = {                                                                 # what a recipe says of its numbers, and of what it leaves out
+    "README of RepDistiller": "RepDistiller的README",
+    "Park et al. 2019, Table 4, quoted from memory": "Park等2019，表4，回忆的",
+    "Park et al. 2019, Table 5, quoted from memory": "Park等2019，表5，回忆的",
+    "Park et al. 2019, Table 6, quoted from memory": "Park等2019，表6，回忆的",
+    "Park et al. 2019, Tables 1 and 2, quoted at second hand": "Park等2019，表1和表2，转引的",
+    "cifar100/crd with resnet20 -> resnet8, 20 of 240 epochs, batch 128, and first stages of 30 epochs cut to 5":
+        "与cifar100/crd相比：resnet20教resnet8，240轮中的20轮，批量128，30轮的第一阶段减为5轮",
+    "cifar100/fast with resnet20 -> resnet8, 4 of 9 rows, a fifth of the images for the students, 12 epochs of them, teacher 8 epochs":
+        "与cifar100/fast相比：resnet20教resnet8，九行中的四行，学生只用五分之一的图片，训练12轮，教师8轮",
+    "networks for CIFAR from scratch instead of ImageNet weights; 300 steps of a student, 600 of its teacher, which learns from the "
+    "multi-similarity loss": "网络是CIFAR用的，从零开始，不用ImageNet权重；学生300步，教师600步，教师用multi-similarity损失学习",
+    "Tiny ImageNet at 32 x 32 instead of ImageNet to begin with, networks for CIFAR; 400 steps of each network":
+        "起点是32 x 32的Tiny ImageNet，而不是ImageNet；网络是CIFAR用的，每个训练400步",
+    "networks from scratch; 300 steps of a student and of its teacher, which learns from the multi-similarity loss":
+        "网络从零开始；学生和教师各300步，教师用multi-similarity损失学习",
+    "networks from scratch; 300 steps of a student and of its teacher, which learns from the multi-similarity loss; 5 of 20 drawings of "
+    "each training character": "网络从零开始；学生和教师各300步，教师用multi-similarity损失学习；每个训练字符只用20张中的5张",
+    "cifar_fs/paper with 10-way 5-query instead of 20-way 15-query training, 400 of 10,000 training episodes (halvings squeezed along), "
+    "5-shot only, 4 of 8 rows": "与cifar_fs/paper相比：训练片段是10类、每类5张查询，而不是20类、15张；10,000个训练片段中的400个（学习率的减半随之提前）；"
+                                "只有5-shot；八行中的四行",
+    "omniglot/paper with 20-way instead of 60-way training, 1,000 of 10,000 training episodes (halvings squeezed along), 4 of 8 rows":
+        "与omniglot/paper相比：训练片段是20类而不是60类，10,000个训练片段中的1,000个（学习率的减半随之提前），八行中的四行",
+    "pixels averaged to 32 x 32, resnet14 -> resnet8x0.5, 4 of 9 rows, 3 epochs of the fast schedule, teacher 4 epochs":
+        "像素平均到32 x 32，resnet14教resnet8x0.5，九行中的四行，短的快速计划3轮，教师4轮",
 }

@@ -3,7 +3,7 @@ import math
 import shutil
 
 from common import ROOT, plain, slug, toctree, write
-from recipe_titles import CHINESE
+from recipe_titles import CHINESE, SAID
 
 
 def number(v, form=".2f", half=None):
@@ -27,9 +27,9 @@ def recipe_page(r, title, records, frame):
     text = [f"# {r.name}\n", f"{plain(title)}\n",
             f"A table of {r.runs} runs; {n} of them have a record here. · 全表共{r.runs}次运行，这里有{n}个记录。\n"]
     if r.source:
-        text.append(f"The paper's numbers · 论文的数字：{plain(r.source)}\n")
+        text.append(f"The paper's numbers: {plain(r.source)} · 论文的数字：{plain(SAID[r.source])}\n")
     if r.cut:
-        text.append(f"Cut down · 删减：{plain(r.cut)}\n")
+        text.append(f"Cut down: {plain(r.cut)} · 删减：{plain(SAID[r.cut])}\n")
     if frame is None:
         text += ["No record yet; it waits for a GPU or for data.\n\n还没有记录，在等GPU或数据。\n", f"```\nrelkd run {r.name}\n```\n"]
         rows = [(row, t) for (row, t), _ in cells_of(r)]
@@ -96,7 +96,7 @@ def table_of_tables(known, kept):
             continue
         seen.append(r.quoted)
         small = next((n for n in (f"{name.split('/')[0]}/cpu",) if n in kept and kept[n][1] and n != name), None)
-        text += [f"\n## {known[name]}\n", f"{plain(r.source)}: [{name}]({slug(name)}.md)\n",
+        text += [f"\n## {known[name]}\n", f"{plain(r.source)}: [{name}]({slug(name)}.md) · {plain(SAID[r.source])}：[{name}]({slug(name)}.md)\n",
                  f"Cut down · 删减：[{small}]({slug(small)}.md)\n" if small else "",
                  "| row · 行 | test · 测试 | the paper · 论文 | here · 这里 | cut down · 删减 |", "|---|---|---|---|---|"]
         for (row, test), _ in cells_of(r):

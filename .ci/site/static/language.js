@@ -10,6 +10,10 @@
     root.dataset.lang = to
     root.lang = to === 'zh' ? 'zh' : 'en'
     document.querySelectorAll('.languages button').forEach(b => b.setAttribute('aria-pressed', b.dataset.to === to))
+    document.querySelectorAll('img[data-alt-en]').forEach(i => {
+      const { altEn, altZh } = i.dataset
+      i.alt = to === 'zh' ? altZh : to === 'en' || altEn === altZh ? altEn : `${altEn} · ${altZh}`
+    })
   }
   window.chooseLanguage = to => {
     try { localStorage.setItem('relkd-language', to) } catch { /* a browser that keeps nothing */ }
