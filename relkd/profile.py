@@ -80,6 +80,7 @@ class _Steps:
     def __init__(self, learners, stream, teacher, fabric):
         self.together, self.learners, self.fabric = (Together(learners, stream, teacher, fabric),
                                                      learners, fabric)
+        self.teacher = teacher
         for l in learners:
             while l.stage is not None:
                 l.end_stage()
@@ -142,15 +143,15 @@ def profile_recipe(
     device, group = e.fabric.device, e.groups()[0]
     students, trainee = _students(e, group), _trainee(e, group)
     limits = machine_limits(device, torch.bfloat16 if 'bf16' in e.precision else torch.float32)
-    streams = {'teacher': trainee.together.stream, 'students': students.together.stream}
-    with students.together.under_way(), trainee.together.under_way():
-        step, training = _whole(students, steps), _median(trainee.step, steps)
-        parts = _parts(students, steps)
-        calls, teacher_calls = count_calls(students.step, device), count_calls(trainee.step, device)
+    with students.together.under_way():
+        step, parts = _whole(students, steps), _parts(students, steps)
+        calls = count_calls(students.step, device)
+    training, teacher_calls, stream = _taught(trainee, steps, device)
+    streams = {'teacher': stream, 'students': students.together.stream}
     return save_benchmark(
         session.out, f'profile-{slug(recipe.name)}', device, parts,
         recipe=recipe.name, variant=recipe.variant(group.task), precision=e.precision,
-        batch=streams['students'].batch_size, teacher_batch=streams['teacher'].batch_size,
+        batch=streams['students'].batch_size, teacher_batch=stream.batch_size if training else 0,
         step_ms=step, teacher_training_ms=training,
         calls=calls, teacher_calls=teacher_calls,
         limits=limits, floor_ms=_floor(students, trainee, limits),
@@ -167,16 +168,25 @@ def _students(e, group):
 
 def _trainee(e, group):
     r, task, seed = e.recipe, group.task.for_teacher(), teacher_seed(group.stream)
-    learner = Learner(e.network(r.teacher, task, seed), Row('Teacher'), r.of_teacher, group.stream, task)
+    net = e.network(r.teacher, task, seed)
+    if r.teacher_weights or not any(p.requires_grad for p in net.parameters()):
+        return None                                            # it is given, and takes no steps
+    learner = Learner(net, Row('Teacher'), r.of_teacher, group.stream, task)
     stream = task.stream(e.data, r.of_teacher, seed, teacher=True, draw=group.stream)
     return _Steps([learner], stream, None, e.fabric)
+
+def _taught(trainee, steps, device):
+    "Milliseconds of a step of the teacher's training, what it asks for, its stream; nothing if it is given."
+    if trainee is None: return 0., {}, []
+    with trainee.together.under_way():
+        return _median(trainee.step, steps), count_calls(trainee.step, device), trainee.together.stream
 
 # %% ../nbs/lab/42_profile.ipynb #d2c43cfd
 def _floor(students, trainee, limits):
     "Milliseconds of the products alone."
     shape = tuple(students.draw()[1][1].shape[1:])
-    teacher, student = flops(trainee.learners[0].model, shape), flops(students.learners[0].model, shape)
-    n, m = students.together.stream.batch_size, trainee.together.stream.batch_size
+    teacher, student = flops(students.teacher, shape), flops(students.learners[0].model, shape)
+    n, m = students.together.stream.batch_size, trainee.together.stream.batch_size if trainee else 0
     macs = {'step': n * (teacher + 3 * len(students.learners) * student), 'teacher training': 3 * m * teacher}
     return {k: 1e-9 * v / limits['product_Tmac_s'] for k, v in macs.items()}
 
@@ -203,7 +213,7 @@ def profile_text(
     "The same as text, with rates, calls, the floor and the time that the whole recipe would take."
     step, training, floor = (record[k] for k in ('step_ms', 'teacher_training_ms', 'floor_ms'))
     limits, hours = record['limits'], record['hours']
-    rate, of_teacher = 1e3 * record['batch'] / step, 1e3 * record['teacher_batch'] / training
+    rate, of_teacher = 1e3 * record['batch'] / step, 1e3 * record['teacher_batch'] / (training or 1.)
     calls, theirs = (', '.join(f'{v:,.4g} {k}' for k, v in record[c].items())
                      for c in ('calls', 'teacher_calls'))
     place = ''.join(f', {k} {v}' for k, v in record.get('variant', {}).items())
@@ -212,8 +222,9 @@ def profile_text(
         f"{record['recipe']}{place} on {record['device']}{how}: step {step:.1f} ms, {rate:,.0f} images/s "
         f"through all students; the products alone {floor['step']:.2f} ms",
         f"teacher training: step {training:.1f} ms, {of_teacher:,.0f} images/s; "
-        f"the products alone {floor['teacher training']:.2f} ms",
-        f"a step asks for {calls}; one of the teacher's training for {theirs}",
+        f"the products alone {floor['teacher training']:.2f} ms" if training else
+        "the teacher is given, and takes no steps",
+        f"a step asks for {calls}" + (f"; one of the teacher's training for {theirs}" if training else ''),
         f"the device moves {limits['copy_GB_s']:,.0f} GB/s (read plus written) and makes "
         f"{limits['product_Tmac_s']:,.3g} T multiply-adds/s in a large product",
         f"the whole recipe, one seed{place}, without tests and first stages: teacher "

@@ -210,7 +210,7 @@ def test_what_cannot_be_is_said_before_training(change, says):
 
 
 def test_bad_batches_rows_and_crops(tmp_path):
-    with pytest.raises(ValueError, match='a batch of 10 cannot hold whole classes of 4 images'):
+    with pytest.raises(ValueError, match='a batch of 10 cannot hold two whole classes of 4 images'):
         run(replace(RECIPE, schedule=replace(SCHEDULE, batch_size=10), teacher_schedule=SCHEDULE), Session(out=tmp_path, device='cpu'))
     with pytest.raises(ValueError, match="changes 'images' of Retrieval, which leaves size, l2 to its rows"):
         run(replace(RECIPE, rows=(Row('x', changes={'images': 2}),)), Session(out=tmp_path, device='cpu'))

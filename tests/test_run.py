@@ -1,6 +1,7 @@
 """Runs: found finished, stopped and killed at any moment, refused in one line; what a user's file brings with it."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +20,13 @@ from forked import start
 from helpers import After, Tiny, few_shot_toy, figures, same, split_digits, tiny, toy
 from relkd.checkpoints import hold, load_checkpoint, manifest_of, save_checkpoint
 from relkd.data import load
-from relkd.distill import Row, Term
+from relkd.distill import Row, Stage, Term
 from relkd.ground import digest, teacher_seed
 from relkd.records import diverged, load_records, write_record
 from relkd.tables.recipe import from_file, recipe
 from relkd.tables.run import Experiment, run, trained
 from relkd.tasks.fewshot import FewShot, run_trials
+from relkd.tasks.retrieval import Retrieval
 from relkd.train import Learner, Saver, Session, Stop, Stopped
 
 HERE = Path(__file__).resolve().parent
@@ -62,6 +64,18 @@ def test_a_run_makes_every_cell_and_finds_them_finished(done, no_training):
     key = lambda r: (r["row"], str(r["variant"]), r["seed"])                        # noqa: E731
     assert sorted(again, key=key) == sorted(records, key=key) == sorted(load_records(out, recipe.name), key=key)
     assert {p: p.stat().st_mtime_ns for p in files} == files and not left_over(out)
+
+
+def test_records_without_their_checkpoints_stand_and_what_is_missing_asks_for_the_teacher(done, tmp_path, no_training):
+    recipe, out, _ = done
+    shutil.copytree(out / "records", tmp_path / "records")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*.json")}
+    assert len(run(recipe, session(tmp_path))) == recipe.runs and {p: p.read_bytes() for p in tmp_path.rglob("*.json")} == before
+    row = recipe.rows[-1].name
+    one_line(lambda: trained(recipe, row, 0, session(tmp_path)), f"no weights of row '{row}', seed 0")
+    for p in (tmp_path / "records").rglob(f"{row.lower()}*seed1.json"):
+        p.unlink()
+    one_line(lambda: run(recipe, session(tmp_path)), f"{row} and what else is missing need the teacher's weights")
 
 
 def test_what_stands_in_every_record(done):
@@ -405,6 +419,16 @@ def test_a_checkpoint_does_not_say_where_records_are_written(tmp_path):
                                              "name the file, or let it start at random"),
     ({"starts": {"teacher": ("digitz", "Student")}}, "unknown recipe 'digitz': did you mean 'digits'?"),
     ({"precision": "fp8"}, "precision is '32' or 'bf16'; got 'fp8'"),
+    ({"rows": (Row("wrong", (Term("AT", 1.),)),)}, "AT needs student maps of shape (N, C, H, W)"),
+    ({"rows": (Row("wrong", (Term("RKDDistance", 1., options={"p": 3}),)),)}, "RKDDistance cannot be made with the options {'p': 3}"),
+    ({"rows": (Row("first", before=(Stage((Term("FSP", 1., ("fc", "fc"), ("fc", "fc")),), 1),)),)}, "FSP needs"),
+    ({"rows": (Row("wrong", (Term(lambda s, t: None, 1.),)),)}, "a loss is a tensor of 0 dimensions"),
+    ({"student": lambda outputs, channels: tiny(5, channels)}, "puts out 5 numbers an image where 10 classes need 10"),
+    ({"task": replace(toy().task, labelled=0)}, "at least 1 image of each class is needed; 0 were asked for"),
+    ({"data": split_digits, "task": FewShot(length=0)}, "few-shot learning needs length of at least 1; got 0"),
+    ({"data": split_digits, "task": FewShot(test_episodes=1)}, "few-shot learning needs test_episodes of at least 2; got 1"),
+    ({"data": split_digits, "task": Retrieval(size=4, images=5), "schedule": replace(toy().schedule, batch_size=5)},
+     "a batch of 5 cannot hold two whole classes of 5 images, or more: choose a multiple of 5 from 10 on"),
 ])
 def test_what_cannot_be_is_said_before_any_training(tmp_path, no_training, change, message):
     one_line(lambda: run(replace(toy(), **change), session(tmp_path)), message)
@@ -441,7 +465,7 @@ from torch import nn
 from torchvision.datasets import ImageFolder
 
 from relkd.data import joined
-from relkd.distill import Row, Term
+from relkd.distill import Row, Stage, Term
 from relkd.recipes.digits import digits
 from relkd.tables.recipe import Recipe
 from relkd.tasks.classify import Classify

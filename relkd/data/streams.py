@@ -89,6 +89,8 @@ def few_per_class(
     seed:int,            # which ones
 ) -> torch.Tensor: # sorted positions, k of each class. Raises ValueError if a class has fewer
     "`k` random images of every class."
+    if k < 1:
+        raise ValueError(f"at least 1 image of each class is needed; {k} were asked for")
     g = torch.Generator().manual_seed(seed)
     labels, picked = labels.cpu(), []
     for c in labels.unique():

@@ -70,12 +70,14 @@ def changed( thing,      # a recipe, or what stands in it
              if step in names else None)
         if k is None:
             raise ValueError(f"--set {whole}: " + nearest('item', step, names))
-        new, old = (value, thing[k]) if not rest else changed(thing[k], rest, value, whole)
+        new, old = ((_like(value, thing[k], whole), thing[k]) if not rest else
+                    changed(thing[k], rest, value, whole))
         return thing[:k] + (new,) + thing[k + 1:], old
     if isinstance(thing, dict):
         if rest and step not in thing:
             raise ValueError(f"--set {whole}: " + nearest('key', step, thing))
-        new, old = (value, thing.get(step)) if not rest else changed(thing[step], rest, value, whole)
+        new, old = ((_like(value, thing.get(step), whole), thing.get(step)) if not rest else
+                    changed(thing[step], rest, value, whole))
         return {**thing, step: new}, old
     if not is_dataclass(thing):
         raise ValueError(f"--set {whole}: {thing!r} has no field {step!r}; name a value by its path, such as "
@@ -90,11 +92,18 @@ def changed( thing,      # a recipe, or what stands in it
 # %% ../../nbs/lab/29_described.ipynb #606826ab
 def _like(value, old, whole):
     "`value` in the type of `old`. Raises ValueError if it is of another kind."
-    if isinstance(old, tuple) and isinstance(value, (list, tuple)):
-        return tuple(value)
+    if isinstance(old, tuple):
+        if not isinstance(value, (list, tuple)):
+            kept = ', '.join(called(getattr(v, 'name', v)) for v in old) or 'none so far'
+            raise ValueError(f"--set {whole}: {value!r} is one value, where several stand ({kept}): write "
+                             f"({value!r},)")
+        return tuple(_like(v, old[0], whole) if old else v for v in value)
     if isinstance(old, float) and type(value) is int:
         return float(value)
     plain = (bool, int, float, str)
+    if is_dataclass(old) and type(value) is not type(old):
+        raise ValueError(f"--set {whole}: {value!r} is no {type(old).__name__}: change a field of it, or "
+                         "write a recipe in a file")
     if isinstance(old, plain) and type(value) is not type(old) and not (type(old) is int and value is None):
         raise ValueError(f"--set {whole}: {value!r} is a {type(value).__name__}, where {old!r} is a "
                          f"{type(old).__name__}")

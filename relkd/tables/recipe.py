@@ -22,6 +22,20 @@ from .described import called, changed, described
 from ..tasks.task import Task
 from ..train.schedule import Schedule
 
+# %% ../../nbs/lab/30_recipe.ipynb #91ccfcf0
+def _check_numbers(r):
+    names = [row.name for row in r.rows]
+    if wrong := next((n for n in names if names.count(n) > 1 or n == 'Teacher'), None):
+        raise ValueError(f"row names of {r.name} differ from each other and from 'Teacher'; got {wrong!r}")
+    if r.baseline not in (None, 'Teacher', *names):
+        raise ValueError(nearest(f'row of {r.name} as its baseline', r.baseline, (*names, 'Teacher')))
+    if not len(r.seeds) or any(type(s) is not int or s < 0 for s in r.seeds):
+        raise ValueError(f"seeds are whole numbers from 0; got {list(r.seeds)}")
+    if len(set(r.seeds)) < len(r.seeds):
+        raise ValueError(f"seeds differ from each other; got {list(r.seeds)}")
+    if type(r.eval_every) is not int or r.eval_every < 1:
+        raise ValueError(f"eval_every is a number of epochs, at least 1; got {r.eval_every!r}")
+
 # %% ../../nbs/lab/30_recipe.ipynb #91ccfcfe
 @dataclass(frozen=True, kw_only=True)
 class _Fields:
@@ -50,18 +64,15 @@ class _Fields:
     cut:str=''                  # in words, what was cut down or changed
 
     def __post_init__(self):
-        names = [r.name for r in self.rows]
-        if wrong := next((n for n in names if names.count(n) > 1 or n == 'Teacher'), None):
-            raise ValueError(f"row names of {self.name} differ from each other and from 'Teacher'; got "
-                             f"{wrong!r}")
-        if not len(self.seeds) or any(type(s) is not int or s < 0 for s in self.seeds):
-            raise ValueError(f"seeds are whole numbers from 0; got {list(self.seeds)}")
+        _check_numbers(self)
         known = {f.name for f in fields(self.task)}
         if unknown := [k for k in self.vary if k not in known]:
             raise ValueError(nearest(f'field of {type(self.task).__name__} to vary', unknown[0], known))
         if unknown := [k for k in self.starts if k not in ('teacher', 'student')]:
             raise ValueError(nearest(f'network of {self.name} that starts', str(unknown[0]),
                                      ('teacher', 'student')))
+        if isinstance(self.precision, int):
+            object.__setattr__(self, 'precision', str(self.precision))
 
 # %% ../../nbs/lab/30_recipe.ipynb #211e7dbf
 class _Places(_Fields):
@@ -165,6 +176,16 @@ def _check_weights(weights, whose, otherwise):
     elif weights and not Path(weights).expanduser().exists():
         raise ValueError(f"no file {weights} of the {whose} weights: name the file, or {otherwise}")
 
+def _check_path(r, path, value):
+    whole, step, *rest = *path.split('.'), ''
+    if whole == 'task' and step in r.vary:
+        values = ', '.join(map(str, r.vary[step]))
+        raise ValueError(f"--set {path}: {r.name} is run for each {step} of {values}: change vary.{step}, "
+                         f"such as to ({value!r},)")
+    if whole == 'teacher_schedule' and step and r.teacher_schedule is None:
+        raise ValueError(f"--set {path}: the teacher of {r.name} follows the students' schedule: "
+                         f"change schedule.{step}, or give it a teacher_schedule in a file")
+
 def _check_names(r, root):
     for network in (r.teacher, r.student):
         if isinstance(network, str) and not any(re.fullmatch(p, network) for p in FAMILIES):
@@ -200,6 +221,7 @@ class Recipe(_Places):
     ) -> 'Recipe':
         """The recipe with one value changed: another experiment, with another name.
         Raises ValueError for a value that it has not."""
+        _check_path(self, path, value)
         new, old = changed(self, path.split('.'), value, path)
         name = f'{self.name}-{slug(path)}={slug(str(value))}'
         said = f'{path} = {value!r} instead of {old!r}'

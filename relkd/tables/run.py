@@ -9,21 +9,23 @@ __all__ = ['run', 'trained']
 import warnings
 from contextlib import nullcontext
 
+import torch
 from torch import nn
 
-from ..checkpoints import drop_checkpoint, hold, load_checkpoint, save_checkpoint
+from ..checkpoints import drop_checkpoint, hold, load_checkpoint, manifest_of, save_checkpoint
 from ..distill import Row
 from ..ground import check_writable, digest, teacher_seed
 from ..models import create, weights_hash
 from ..models.weights import start_from
 from ..records import environment, make_record, write_record, wrong_fields
-from .experiment import Experiment, cell, clear_orphans, of_earlier_version, parts, refuse_others
+from .experiment import (Experiment, cell, clear_orphans, of_earlier_version, on_record, parts,
+                                     refuse_others)
 import relkd.tables.recipe as recipes
 from .recipe import Recipe
 from .teacher import as_teacher, begun, compare, fed, given_to, taken
 from ..train.learner import Learner
-from ..train.loop import fit
-from ..train.processes import asked_by_any
+from ..train.loop import Together, fit
+from ..train.processes import asked_by_any, share
 from ..train.session import Saver, Session, Stopped
 
 # %% ../../nbs/lab/32_run.ipynb #1d46a33d
@@ -42,6 +44,13 @@ def _fill(net, weights, path):
         why = str(error).splitlines()[0]
         raise ValueError(f"the weights in {path} do not fit this network ({why}): they are of "
                          "another version of its code; remove them, or name another --out") from None
+
+def _kept(experiment, protocol):
+    "Is a cell finished elsewhere, its record here and its weights not? The record is taken up as it is."
+    record, session = on_record(experiment, protocol), experiment.session
+    if record and not any(r['run'] == record['run'] for r in session.records):
+        session.records.append(record)
+    return record is not None
 
 def _finished(experiment, protocol):
     "The weights of a finished cell, its record taken up; None if it is not finished."
@@ -129,12 +138,58 @@ def _given(experiment, group, task, net):
         compare(given, found, tests[task.headline]['accuracy'], e.data.counts.get('test', 1))
     return tests
 
+# %% ../../nbs/lab/32_run.ipynb #ec517480
+def _cells(experiment, group):
+    "Row, seed and protocol of a group's students."
+    e = experiment
+    return [(row, seed, e.protocol(row, group.task, seed, group.stream)) for seed in group.seeds
+            for row in e.recipe.rows]
+
+def _missing(experiment, group):
+    "Students that have neither a checkpoint nor a record."
+    e = experiment
+    return [row.name for row, _, p in _cells(e, group)
+            if not on_record(e, p) and not manifest_of(e.path(p))]
+
+def _refuse_without_weights(experiment, groups):
+    "Raise ValueError if students are missing whose teacher has left a record here and no weights."
+    e, r = experiment, experiment.recipe
+    for group in groups:
+        known = on_record(e, e.teacher_protocol(group.task, group.stream))
+        rows = _missing(e, group) if known and not r.teacher_weights else []
+        if rows and known['epochs']:              # a teacher that had to be trained
+            raise ValueError(f"{rows[0]} and what else is missing need the teacher's weights, of which "
+                             f"{e.session.out} has the record alone: name another folder with --out, or "
+                             "train the teacher again with --replace")
+
+# %% ../../nbs/lab/32_run.ipynb #d018e852
+def _rehearse(experiment, group, teacher):
+    """One step of every row beside the untrained teacher: what does not fit is said before hours are spent.
+    Leaves nothing, neither weights nor random numbers."""
+    e, r, task = experiment, experiment.recipe, group.task
+    learners = [Learner(fed(e.network(r.student, row.learns(task), group.stream), given_to(r, False), e.data),
+                        row, r.schedule, group.stream, row.learns(task)) for row in r.rows]
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter('ignore')                        # said again where they count
+        stream = task.stream(e.data, r.schedule, group.stream, teacher=False, draw=group.stream)
+        together = Together(learners, stream, teacher, e.fabric)
+        index, x, labels = next(iter(stream.epoch(0)))
+        with together.under_way():
+            mine = share(e.fabric, x)
+            look = together.look(mine)
+            for l in learners:
+                l.step(e.fabric, 0., 0, mine, look, labels, index)
+    e.rehearsed = True
+
+# %% ../../nbs/lab/32_run.ipynb #25bed5bb
 def _teacher(experiment, group):
     "The teacher of a group: found, given, or trained."
     e, r = experiment, experiment.recipe
     task, protocol = group.task.for_teacher(), e.teacher_protocol(group.task, group.stream)
     net = fed(e.network(r.teacher, task, teacher_seed(group.stream)), given_to(r, True), e.data)
-    if any(record['run'] == digest(protocol) for record in e.session.records):
+    if _kept(e, protocol):
+        if r.teacher_weights and _missing(e, group): _given(e, group, task, net)
+    elif any(record['run'] == digest(protocol) for record in e.session.records):
         _fill(net, load_checkpoint(e.path(protocol), digest(protocol))['model'], e.path(protocol))
     elif weights := _finished(e, protocol):
         _fill(net, weights, e.path(protocol))
@@ -143,6 +198,7 @@ def _teacher(experiment, group):
         _finish(e, task, protocol, net, [], None, tests, seconds=0., trained_beside=0, images_per_second=0.)
     else:
         _begin(e, 'teacher', [net])
+        if r.rows and group.seeds and not e.rehearsed: _rehearse(e, group, net)
         learner = Learner(net, Row('Teacher'), r.of_teacher, group.stream, task)
         stream = task.stream(e.data, r.of_teacher, teacher_seed(group.stream), teacher=True,
                              draw=group.stream)
@@ -152,10 +208,8 @@ def _teacher(experiment, group):
 # %% ../../nbs/lab/32_run.ipynb #005f1a36
 def _students(experiment, group, teacher):
     "Train what is missing of a group's students."
-    e, r = experiment, experiment.recipe
-    cells = [(row, seed, e.protocol(row, group.task, seed, group.stream)) for seed in group.seeds
-             for row in r.rows]
-    missing = [c for c in cells if _finished(e, c[2]) is None]
+    e, r, cells = experiment, experiment.recipe, _cells(experiment, group)
+    missing = [c for c in cells if not _kept(e, c[2]) and _finished(e, c[2]) is None]
     if not missing:
         return
     tasks = {row.name: row.learns(group.task) for row in r.rows}
@@ -188,6 +242,7 @@ def run(
     with (hold(e.folder, name) if e.fabric.is_global_zero else nullcontext()), session.at_work(e.products):
         if not session.replace:
             refuse_others(e)
+            _refuse_without_weights(e, groups)
         if alone:
             for path in of_earlier_version(e):
                 drop_checkpoint(path)
@@ -224,6 +279,8 @@ def trained(
             net = create(of, task.outputs(e.data), e.data.channels)
             _fill(net, saved['model'], e.path(protocol))
             return fed(net, given_to(recipe, row == 'Teacher'), e.data).eval()
-    raise ValueError(f"no finished run of row {row!r}, seed "
-                     f"{seed}{''.join(f', {k} {v}' for k, v in variant.items())} in {e.folder}: run "
-                     f"{recipe.name} first")
+    place = f"row {row!r}, seed {seed}{''.join(f', {k} {v}' for k, v in variant.items())}"
+    alone = any(p['row']['name'] == row and p['seed'] == seed and on_record(e, p) for p in e.cells())
+    raise ValueError(f"no weights of {place} in {e.folder}, its record alone: run {recipe.name} with another "
+                     "out, or with replace" if alone else
+                     f"no finished run of {place} in {e.folder}: run {recipe.name} first")

@@ -56,12 +56,12 @@ class Classify(Task):
         if data.by_class:
             raise ValueError(f"data set {data.name!r} is split by classes, for few-shot learning or "
                              "retrieval; classification needs train and test images of the same classes")
-        if self.labelled:
+        if self.labelled is not None:
             few_per_class(data.train_labels, self.labelled, 0)
 
     def stream(self, data, schedule, seed:int, teacher:bool=False, draw:int=0): # of relkd.data.Batches
         "Shuffled batches of all training images for the teacher, of the labelled ones for a student."
-        few = self.labelled and not teacher
+        few = self.labelled is not None and not teacher
         index = few_per_class(data.train_labels, self.labelled, draw) if few else None
         return Batches(data, schedule.batch_size, seed, index, self.augment)
 

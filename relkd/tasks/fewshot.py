@@ -118,6 +118,10 @@ def _check_classes(task, data):
         raise ValueError(f"data set {data.name!r} has train and test images of the same classes; few-shot "
                          "learning needs classes split into train, val and test: Dataset.with_splits makes "
                          "such a set")
+    for field, least in ('length', 1), ('test_episodes', 2):
+        if getattr(task, field) < least:
+            raise ValueError(f"few-shot learning needs {field} of at least {least}; got "
+                             f"{getattr(task, field)}")
     kinds = ('train', (task.way,), task.query), ('val', task.ways[:1], task.test_query), ('test', task.ways,
                                                                                           task.test_query)
     for split, ways, query in kinds:
@@ -177,7 +181,7 @@ class FewShot(_Protocol):
 
     def watch(self, model:nn.Module, data) -> dict:
         "Validation episodes of the first way; nothing is chosen by them."
-        trial = Trial(self.ways[0], self.shot, self.test_query, self.test_episodes // 4, seed=1)
+        trial = Trial(self.ways[0], self.shot, self.test_query, max(1, self.test_episodes // 4), seed=1)
         right, = run_trials(model, data, 'val', [trial])
         return {'validation': round(100 * right.double().mean().item() / (trial.way * trial.query), 4)}
 

@@ -217,12 +217,12 @@ class Retrieval(_Choices):
 
     def stream(self, data, schedule, seed:int, teacher:bool=False, draw:int=0): # of ClassBalanced
         """P classes with K images each, P from the schedule's batch size.
-        Raises ValueError if K does not divide it."""
-        if not schedule.batch_size or schedule.batch_size % self.images:
-            raise ValueError(f"a batch of {schedule.batch_size} cannot hold whole classes of {self.images} "
-                             f"images: choose a multiple of {self.images}")
-        return ClassBalanced(data, 'train', schedule.batch_size // self.images, self.images, seed,
-                             self.length, self.augment)
+        Raises ValueError if K does not divide it, or P is 1."""
+        n, k = schedule.batch_size or 0, self.images
+        if n % k or n < 2 * k:
+            raise ValueError(f"a batch of {n} cannot hold two whole classes of {k} images, or more: choose a "
+                             f"multiple of {k} from {2 * k} on")
+        return ClassBalanced(data, 'train', n // k, k, seed, self.length, self.augment)
 
     def read(self, output:torch.Tensor) -> torch.Tensor:
         "The embedding, on the sphere if `l2`."
