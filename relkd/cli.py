@@ -402,11 +402,24 @@ def _line(error): # names in it may hold what a terminal obeys
     return ''.join(c if c.isprintable() else '?' for c in ' '.join(str(error).split()))
 
 def _logged():
-    "The traceback of what should not happen, in a file."
+    "The traceback of an error, in a file."
     handle, name = tempfile.mkstemp(prefix='relkd-', suffix='.log')
     with os.fdopen(handle, 'w', encoding='utf-8', errors='replace') as f:
         traceback.print_exc(file=f)
     return name
+
+# %% ../nbs/lab/40_cli.ipynb #8e41d0a7
+def _told(error):
+    "An error as one line, and the exit status: 2 for what a user can mend, 1 for what should not happen."
+    recipes = sys.modules.get('relkd.tables.recipe')           # without it no file of the user's was read
+    place = recipes.own_line(error) if recipes else ''
+    said, kind = _line(error.msg if isinstance(error, SyntaxError) else error), type(error).__name__
+    raised = [frame.f_globals.get('__name__', '') for frame, _ in traceback.walk_tb(error.__traceback__)][-1]
+    if isinstance(error, (ValueError, OSError)) and (not place or raised.startswith('relkd')):
+        return f"{place}{': ' * bool(place)}{_line(error)}", 2
+    if place:
+        return f'{place}: {kind}: {said[:200]} (traceback in {_logged()})', 2
+    return f'{kind}: {said[:200]} (this should not happen; where, stands in {_logged()})', 1
 
 # %% ../nbs/lab/40_cli.ipynb #d24780ad
 def main():
@@ -418,15 +431,12 @@ def main():
         sys.stdout = open(os.devnull, 'w')
     try:
         app()
-    except (ValueError, OSError) as error:
-        print(f'relkd: {_line(error)}', file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print('\nrelkd: stopped', file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        print(f'relkd: {type(error).__name__}: {_line(error)[:200]} (this should not happen; where, '
-              f'stands in {_logged()})', file=sys.stderr)
-        sys.exit(1)
+        said, code = _told(error)
+        print(f'relkd: {said}', file=sys.stderr)
+        sys.exit(code)
 
 if __name__ == '__main__' and '__file__' in globals(): main()      # python -m relkd.cli, not the notebook

@@ -70,13 +70,32 @@ class Term:
         return f'{self.weight:g} {self.name}({inside}) on {layers}'
 
 # %% ../nbs/lab/03_distill.ipynb #c75284d0
+def _check_several(what, given, kind):
+    odd = [given] if not isinstance(given, (tuple, list)) else [g for g in given if not isinstance(g, kind)]
+    if odd:
+        got = f'a {kind.__name__} alone' if isinstance(odd[0], kind) else repr(odd[0])[:80]
+        raise ValueError(f"{what} must be a tuple of {kind.__name__}s; got {got}: "
+                         f"write ({kind.__name__}(...),)")
+
 @dataclass(frozen=True)
 class Stage:
     "Terms that are trained alone for some epochs, before the main stage."
     terms:tuple # of Term
     epochs:int
 
+    def __post_init__(self): _check_several('terms of a stage', self.terms, Term)
+
     def __str__(self): return f'{self.epochs} epochs of {" + ".join(map(str, self.terms))}'
+
+# %% ../nbs/lab/03_distill.ipynb #5b0c91e4
+def _check_row(row):
+    name = row.name
+    if not isinstance(name, str):
+        raise ValueError(f"a row begins with its name, like Row('mine', ...); got {repr(name)[:80]}")
+    if not (name.isprintable() and 0 < len(name) <= 200):
+        raise ValueError(f"a row's name is one line of 1 to 200 signs that can be printed; got {name[:40]!r}")
+    _check_several(f'terms of row {name!r}', row.terms, Term)
+    _check_several(f'before of row {name!r}', row.before, Stage)
 
 # %% ../nbs/lab/03_distill.ipynb #918fa062
 @dataclass(frozen=True)
@@ -90,9 +109,7 @@ class Row:
     rate:float=field(default=0., metadata={'later': True}) # times the schedule's rate; 0: as it is
 
     def __post_init__(self):
-        if not (self.name.isprintable() and 0 < len(self.name) <= 200):
-            raise ValueError("a row's name is one line of 1 to 200 signs that can be printed; "
-                             f"got {self.name[:40]!r}")
+        _check_row(self)
         if not self.task and not self.terms:
             raise ValueError(f"row {self.name!r} has neither terms nor the task's own loss: it would "
                              "learn nothing")

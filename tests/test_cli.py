@@ -99,6 +99,47 @@ def test_what_should_not_happen_is_one_line_and_a_log(typed, monkeypatch, tmp_pa
     assert str(log) in error and "Traceback" in log.read_text()
 
 
+OWN = """from dataclasses import replace
+from relkd.distill import Row, Term
+from relkd.recipes.digits import digits
+def loss(student, teacher): return {}["mine"]
+def net(outputs): return 3
+def data(): return None
+class Late:
+    def __init__(self): self.alpha
+mine = replace(digits, name="mine", rows=(Row("Student"),), seeds=(0,))
+"""
+
+
+@pytest.mark.parametrize("line, told, traced", [
+    ("mine = replace(mine, seeds=0)", "mine.py, line 10: TypeError: object of type 'int' has no len()", True),
+    ("import nothinglike", "mine.py, line 10: ModuleNotFoundError: No module named 'nothinglike'", True),
+    ("def f(:", "mine.py, line 10: SyntaxError: invalid syntax", True),
+    ("import beside", "beside.py, line 2: ZeroDivisionError: division by zero", True),
+    ("raise ValueError('alpha is above 0')", "mine.py, line 10: ValueError: alpha is above 0", True),
+    ("open('nowhere.csv')", "mine.py, line 10: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.csv'", True),
+    ("mine = replace(mine, student=net)", "mine.py, line 5: TypeError: net() takes 1 positional argument but 2 were given", True),
+    ("mine = replace(mine, rows=(Row('KeyError', (Term(loss, student='logits', teacher='logits'),)),))",
+     "mine.py, line 4: KeyError: 'mine'", True),
+    ("mine = replace(mine, rows=(Row('Late', (Term(Late),)),))",
+     "mine.py, line 8: AttributeError: 'Late' object has no attribute 'alpha'", True),
+    ("mine = replace(mine, data=data)", "data of mine-1epochs: data() must give a Dataset; got None: return one, such as ", False),
+    ("mine = replace(mine, task='classify')", "mine.py, line 10: task of mine must be a Task; got 'classify': write task=Cl", False),
+])
+def test_a_mistake_in_ones_own_file_is_told_with_its_line(typed, monkeypatch, tmp_path, line, told, traced):
+    """The fault: what went wrong in a user's own loss, network or file was called ours ("this should not happen")."""
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "logs"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "beside.py").write_text("x = 0\ny = 1 / x\n")
+    (tmp_path / "mine.py").write_text(OWN + line + "\n")
+    code, _, error = typed("run", "mine.py", "--epochs", 1, "--device", "cpu", "--out", tmp_path / "out")
+    logs = list((tmp_path / "logs").glob("relkd-*.log"))
+    assert code == 2 and error.startswith(f"relkd: {told}") and error.count("\n") == 1 and len(logs) == traced, error
+    assert error.endswith(f" (traceback in {logs[0]})\n") if traced else "should not" not in error
+
+
 def test_under_torchrun_the_first_process_alone_prints(typed, monkeypatch):
     assert typed("recipes")[1]
     monkeypatch.setattr(sys, "stdout", sys.stdout)           # put back afterwards

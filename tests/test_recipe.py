@@ -14,7 +14,7 @@ from torch import nn
 from data_helpers import one_line
 from helpers import few_shot_toy, tiny, toy
 from relkd.catalogue import known_recipes
-from relkd.distill import Objective, Row, Term
+from relkd.distill import Objective, Row, Stage, Term
 from relkd.features import Features
 from relkd.ground import digest
 from relkd.models import create
@@ -74,6 +74,15 @@ def test_the_base_row_is_kept_and_the_teacher_is_a_row_in_both_kinds():
     (lambda r: replace(r, rows=(Row("A"), Row("A"))), "row names of toy differ from each other and from 'Teacher'; got 'A'"),
     (lambda r: replace(r, rows=(Row("Teacher"),)), "got 'Teacher'"),
     (lambda r: replace(r, vary={"shots": (1,)}), "unknown field of Classify to vary 'shots'"),
+    (lambda r: replace(r, task=type(r.task)), "task of toy must be a Task; got the class Classify: write task=Classify(...)"),
+    (lambda r: replace(r, schedule=3), "schedule of toy must be a Schedule; got 3: write schedule=Schedule(...)"),
+    (lambda r: replace(r, rows=r.rows[0]), "rows of toy must be a tuple of Rows; got Row(name='Student'"),
+    (lambda r: replace(r, rows=("Student",)), "rows of toy must be a tuple of Rows; got 'Student': write Row('Student')"),
+    (lambda r: replace(r, data=3), "data of toy must be a name, a folder or a function () -> Dataset; got 3"),
+    (lambda r: Row("HKD", Term("KD")), "terms of row 'HKD' must be a tuple of Terms; got a Term alone: write (Term(...),)"),
+    (lambda r: Row("HKD", before=(Term("KD"),)), "before of row 'HKD' must be a tuple of Stages; got Term("),
+    (lambda r: Row(Term("KD")), "a row begins with its name, like Row('mine', ...); got Term("),
+    (lambda r: Stage(("KD",), 1), "terms of a stage must be a tuple of Terms; got 'KD': write (Term(...),)"),
     (lambda r: r.with_value("schedule.rate", 1), "--set schedule.rate: unknown field of Schedule 'rate'"),
     (lambda r: r.with_value("schedule.lr", "fast"), "--set schedule.lr: 'fast' is a str, where 0.05 is a float"),
     (lambda r: r.with_value("schedule.lr.x", 1), "--set schedule.lr.x: 0.05 has no field 'x'"),

@@ -79,6 +79,15 @@ def _check_layers(experiment):
         _check_images(net, called(of), experiment.data, logits)
 
 # %% ../../nbs/lab/31_experiment.ipynb #16365604
+def _data_of(recipe, session):
+    with looking_in(session.root):                            # also for a function
+        if not callable(recipe.data): return load(recipe.data, **recipe.data_options)
+        data = recipe.data()
+    if not all(hasattr(data, name) for name in ('by_class', 'labels', 'to')):
+        raise ValueError(f"data of {recipe.name}: {called(recipe.data)}() must give a Dataset; got "
+                         f"{repr(data)[:80]}: return one, such as relkd.data.load('digits')")
+    return data
+
 def _check_streams(experiment):
     """A batch that cannot be drawn is said now:
     the students' stream is made when their teacher has been trained."""
@@ -100,8 +109,7 @@ class _Bound:
         self.fabric = session.fabric(self.precision)
         self.weights = _of_file(recipe.teacher_weights) if recipe.teacher_weights else None
         self.starts = {which: _of_file(weights) for which, weights in recipe.starts.items()}
-        with looking_in(session.root):                        # also for a function
-            data = recipe.data() if callable(recipe.data) else load(recipe.data, **recipe.data_options)
+        data = _data_of(recipe, session)
         for task in recipe.tasks:
             for each in (task, task.for_teacher(), *(r.learns(task) for r in recipe.rows)):
                 each.check(data)
