@@ -115,7 +115,7 @@ mine = replace(digits, name="mine", rows=(Row("Student"),), seeds=(0,))
     ("mine = replace(mine, seeds=0)", "mine.py, line 10: TypeError: object of type 'int' has no len()", True),
     ("import nothinglike", "mine.py, line 10: ModuleNotFoundError: No module named 'nothinglike'", True),
     ("def f(:", "mine.py, line 10: SyntaxError: invalid syntax", True),
-    ("import beside", "beside.py, line 2: ZeroDivisionError: division by zero", True),
+    ("import beside_mine", "beside_mine.py, line 2: ZeroDivisionError: division by zero", True),
     ("raise ValueError('alpha is above 0')", "mine.py, line 10: ValueError: alpha is above 0", True),
     ("open('nowhere.csv')", "mine.py, line 10: FileNotFoundError: [Errno 2] No such file or directory: 'nowhere.csv'", True),
     ("mine = replace(mine, student=net)", "mine.py, line 5: TypeError: net() takes 1 positional argument but 2 were given", True),
@@ -132,7 +132,7 @@ def test_a_mistake_in_ones_own_file_is_told_with_its_line(typed, monkeypatch, tm
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "logs"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "beside.py").write_text("x = 0\ny = 1 / x\n")
+    (tmp_path / "beside_mine.py").write_text("x = 0\ny = 1 / x\n")
     (tmp_path / "mine.py").write_text(OWN + line + "\n")
     code, _, error = typed("run", "mine.py", "--epochs", 1, "--device", "cpu", "--out", tmp_path / "out")
     logs = list((tmp_path / "logs").glob("relkd-*.log"))
