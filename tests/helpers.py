@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
+from listed import is_draft, project_notebooks  # noqa: F401, for the tests
 from torch import nn
 
 from relkd import losses

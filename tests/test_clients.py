@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from helpers import project_notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 NEEDS = {"02_lightning": ("lightning",), "03_timm": ("timm",),
@@ -21,7 +22,7 @@ sys.exit(not test_nb(Path(sys.argv[1]), skip_flags=['cuda'])[0])
 
 
 def test_every_page_is_asked():
-    pages = {p.stem for p in (ROOT / "nbs" / "clients").glob("*.ipynb")}
+    pages = {p.stem for p in project_notebooks("clients/*.ipynb")}
     assert pages == set(NEEDS) | {"index", "00_loop", "01_distributed"}
 
 

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from helpers import project_notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -57,9 +58,8 @@ TERMS = "知识蒸馏 嵌入 特征图 格拉姆矩阵 连接器 复述器 翻�
 @cache
 def cells():
     "Of every notebook but those of LATER: its path within nbs/, and its cells as (kind, id, text)."
-    paths = [p for p in sorted((ROOT / "nbs").glob("**/*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
     return {name: [(c["cell_type"], c["id"], "".join(c["source"])) for c in json.loads(p.read_text(encoding="utf-8"))["cells"]]
-            for p in paths if (name := p.relative_to(ROOT / "nbs").as_posix()) not in LATER}
+            for p in project_notebooks() if (name := p.relative_to(ROOT / "nbs").as_posix()) not in LATER}
 
 
 @pytest.mark.parametrize("word", REJECTED)

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import is_draft, project_notebooks
+from IPython.core.inputtransformer2 import TransformerManager
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent
@@ -17,14 +19,14 @@ BIN = Path(sys.executable).parent
 def copy(tmp_path_factory):
     to = tmp_path_factory.mktemp("copy")
     shutil.copy(ROOT / "settings.ini", to)
-    for folder in ("nbs", "relkd"):
-        shutil.copytree(ROOT / folder, to / folder, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copytree(ROOT / "relkd", to / "relkd", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "nbs", to / "nbs", ignore=lambda folder, names: [n for n in names if is_draft(Path(folder, n))])
     return to
 
 
 def files(folder, pattern):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.glob(pattern))
-            if "__pycache__" not in p.parts and ".ipynb_checkpoints" not in p.parts}
+            if "__pycache__" not in p.parts}
 
 
 def test_exported_code_is_in_step_with_the_notebooks(copy):
@@ -36,7 +38,8 @@ def test_exported_code_is_in_step_with_the_notebooks(copy):
 
 def test_notebooks_are_clean(copy):
     subprocess.run([BIN / "nbdev_clean"], cwd=copy, check=True, capture_output=True)
-    assert files(copy / "nbs", "**/*.ipynb") == files(ROOT / "nbs", "**/*.ipynb"), "run `make export`"
+    clean = files(copy / "nbs", "**/*.ipynb")
+    assert clean == {p.relative_to(ROOT / "nbs").as_posix(): p.read_bytes() for p in project_notebooks()}, "run `make export`"
 
 
 def test_readme_is_in_step_with_the_index():
@@ -50,8 +53,7 @@ def test_readme_links_lead_somewhere():
     assert len(links) > 10 and not missing
 
 
-@pytest.mark.parametrize("notebook", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/**/*.ipynb")
-                                            if ".ipynb_checkpoints" not in p.parts))
+@pytest.mark.parametrize("notebook", [p.relative_to(ROOT).as_posix() for p in project_notebooks()])
 def test_links_between_notebooks_lead_somewhere(notebook):
     import nbformat
 
@@ -138,7 +140,7 @@ def test_marks_beside_chinese_are_typeset():
     assert not re.findall(r"[\u3000-\u9fff]\$[^$\n]+\$|\$[^$\n]+\$[\u3000-\u9fff]", readme), "write N², or leave a space"
     markdown_it = pytest.importorskip("markdown_it")
     read, left = markdown_it.MarkdownIt("commonmark").enable("table"), {}
-    for path in ROOT.glob("nbs/**/*.ipynb"):
+    for path in project_notebooks():
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "markdown":
                 text = re.sub(r"\$[^$\n]+\$", "x", "".join(cell["source"]))
@@ -150,7 +152,7 @@ def test_marks_beside_chinese_are_typeset():
 
 def test_no_merge_is_left_half_done():
     """nbdev's merge leaves cells of markers; closed with them left in, a name is exported twice."""
-    for path in ROOT.glob("nbs/**/*.ipynb"):
+    for path in project_notebooks():
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             text = "".join(cell["source"]).lstrip("`")
             assert not re.match(r"<{7}|>{7}|={7}$", text), f"{path.name}: a marker of a merge is left in cell {cell.get('id')}"
@@ -189,17 +191,28 @@ def sources():
     "Every piece of code that could call the package: itself, the tests, the notebooks' cells."
     for path in (*ROOT.glob("relkd/**/*.py"), *ROOT.glob("tests/*.py")):
         yield path.read_text(encoding="utf-8")
-    for path in ROOT.glob("nbs/**/*.ipynb"):
+    for path in project_notebooks():
         for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
             if cell["cell_type"] == "code":
-                yield "\n".join(line for line in cell["source"] if not line.lstrip().startswith(("%", "!")))
+                yield "".join(cell["source"])
+
+
+def read(source):
+    "A tree of a cell as IPython reads it: `%magics` and `x = !ls` are calls."
+    try: return ast.parse(source)                                                       # noqa: E701
+    except SyntaxError: return ast.parse(TransformerManager().transform_cell(source))   # noqa: E701
+
+
+def test_magics_are_read_as_ipython_reads_them():
+    calls = [c.func for c in ast.walk(read("x = !ls\n%matplotlib inline\nf(a=1)")) if isinstance(c, ast.Call)]
+    assert {"getoutput", "run_line_magic", "f"} <= {getattr(f, "attr", getattr(f, "id", "")) for f in calls}
 
 
 def passed():
     "What calls hand over: pairs (function, keyword), and the most arguments by position."
     keywords, most = set(), {}
     for source in sources():
-        for call in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)):
+        for call in (n for n in ast.walk(read(source)) if isinstance(n, ast.Call)):
             name = getattr(call.func, "attr", getattr(call.func, "id", None))
             keywords |= {(name, k.arg) for k in call.keywords}
             many = any(isinstance(a, ast.Starred) for a in call.args)
@@ -250,8 +263,7 @@ def test_version_is_one():
     assert relkd.__version__ == cfg["DEFAULT"]["version"]
 
 
-@pytest.mark.parametrize("notebook", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("nbs/**/*.ipynb")
-                                            if ".ipynb_checkpoints" not in p.parts))
+@pytest.mark.parametrize("notebook", [p.relative_to(ROOT).as_posix() for p in project_notebooks()])
 def test_cells_show_one_idea(notebook):
     import nbformat
 
@@ -267,7 +279,7 @@ LESSON = 45                       # cells; what is beyond stands on a second pag
 
 
 def test_a_lesson_is_read_in_one_sitting():
-    lessons = [*ROOT.glob("nbs/00_relations*.ipynb"), *ROOT.glob("nbs/losses/*.ipynb"), *ROOT.glob("nbs/tasks/*.ipynb")]
+    lessons = [path for pattern in ("00_relations*", "losses/*", "tasks/*") for path in project_notebooks(f"{pattern}.ipynb")]
     cells = {path.relative_to(ROOT / "nbs").with_suffix("").as_posix(): len(json.loads(path.read_text(encoding="utf-8"))["cells"])
              for path in lessons}
     long = {name: n for name, n in cells.items() if n > LESSON}
@@ -277,8 +289,8 @@ def test_a_lesson_is_read_in_one_sitting():
 def test_every_exercise_has_a_folded_solution():
     """As many numbered answers as questions, behind them, in one fold; a single one may go without its number."""
     wrong = {}
-    for path in sorted(ROOT.glob("nbs/**/*.ipynb")):
-        cells = json.loads(path.read_text(encoding="utf-8"))["cells"] if ".ipynb_checkpoints" not in path.parts else []
+    for path in project_notebooks():
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
         text = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
         for part in re.split(r"^#+ .*Exercises.*$", text, flags=re.M)[1:]:
             asked, _, rest = part.partition("<details>")

@@ -15,11 +15,11 @@ from pathlib import Path
 import browser
 import pytest
 import torch
+from helpers import project_notebooks
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / ".ci" / "site"
-NOTEBOOKS = sorted(p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in (ROOT / "nbs").glob("**/*.ipynb")
-                   if ".ipynb_checkpoints" not in p.parts)
+NOTEBOOKS = [p.relative_to(ROOT / "nbs").with_suffix("").as_posix() for p in project_notebooks()]
 NAMES = """relkd · relkd.models · relkd.bench · Lightning · timm · sentence-transformers · pytorch-metric-learning · NVIDIA ModelOpt
     · torchdistill · skorch, fastai, ignite · skorch · fastai · ignite · Hugging Face · Trainer · accelerate · Omniglot
     · CIFAR-10, CIFAR-100, CIFAR-FS, FC100 · ResNet · WRN · VGG · MobileNetV2 · ShuffleNet V1 and V2 · Conv-4 · MAP@R"""

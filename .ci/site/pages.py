@@ -10,6 +10,8 @@ from pathlib import Path
 from common import REPO, ROOT, SET, TAG, toctree, write
 
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "tests"))
+from listed import project_notebooks  # noqa: E402
 from reference import reference  # noqa: E402
 from results import tables  # noqa: E402
 from titles import PATH, PLAY, PLAY_TEXT, ROOMS  # noqa: E402
@@ -87,9 +89,9 @@ def to_download(nb):
 
 def notebooks(source, extra, only):
     meta = {}
-    for path in sorted((ROOT / "nbs").glob("**/*.ipynb")):
+    for path in project_notebooks():
         page = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
-        if ".ipynb_checkpoints" in path.parts or (only and page not in only):
+        if only and page not in only:
             continue
         nb = json.loads(path.read_text(encoding="utf-8"))
         nb["metadata"].setdefault("language_info", {"name": "python"})
