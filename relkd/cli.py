@@ -302,10 +302,12 @@ def recipes(name:Optional[str]=typer.Argument(None, help='Show this one whole.')
 
 @app.command()
 def tensorboard(
-    name:str=typer.Argument(help='Name of the recipe.'),
-    to:str=typer.Option('runs', callback=_home, help='Folder for the event files.'), out:str=OUT,
+    name:str=NAME, to:str=typer.Option('runs', callback=_home, help='Folder for the event files.'),
+    epochs:Optional[int]=EPOCHS, settings:Optional[List[str]]=SET, out:str=OUT,
 ):
     "Write the curves of a recipe's records as TensorBoard event files."
+    kept = Path(out, 'records', name).is_dir() and epochs is None and not settings # also 'digits-12epochs'
+    name = name if kept else _wanted(name, epochs=epochs, settings=settings).name
     from relkd.records import load_records, to_tensorboard
     print(f'{to_tensorboard(load_records(out, name), to)} event files in {to}: tensorboard --logdir {to}')
 

@@ -70,6 +70,8 @@ def test_what_is_no_duration_size_number_or_setting(read, text):
     (["run", "nowhere.py"], "no file nowhere.py: name a recipe, or a Python file that defines one"),
     (["table", "digits", "--out", "nowhere"], "no records of 'digits' in nowhere/records/digits: run the recipe first"),
     (["tensorboard", "digits", "--out", "nowhere"], "no records of 'digits' in nowhere/records/digits: run the recipe first"),
+    (["tensorboard", "digist"], "unknown recipe 'digist': did you mean 'digits'?"),
+    (["tensorboard", "nowhere.py"], "no file nowhere.py: name a recipe, or a Python file that defines one"),
     (["bench", "speed"], "bench takes 'losses' or 'precision'; got 'speed'"),
     (["data", "get", "cifar"], "unknown data set 'cifar'"),
 ])
@@ -211,6 +213,19 @@ def test_an_unwritable_folder_is_said_before_training(typed, tmp_path):
 def test_event_files_for_tensorboard(typed, tmp_path):
     assert "48 event files" in typed("tensorboard", "digits", "--out", FIGURES, "--to", tmp_path)[1]
     assert len(list(tmp_path.glob("digits/*/events.out.*"))) == 48
+
+
+def test_event_files_of_a_recipe_in_a_file_and_of_one_cut_down(typed, tmp_path):
+    """The fault: tensorboard alone took no file, and no --epochs."""
+    path, out = tmp_path / "mine.py", tmp_path / "out"
+    path.write_text("from dataclasses import replace\nfrom relkd.recipes.digits import digits\nmine = replace(digits, name='mine/x')\n")
+    for name in ("mine/x", "mine/x-2epochs"):
+        (out / "records" / name).mkdir(parents=True)
+    shutil.copy(FIGURES / "records/digits/rkd-d-seed0.json", out / "records/mine/x")
+    for seed in (0, 1):
+        shutil.copy(FIGURES / f"records/digits/rkd-d-seed{seed}.json", out / "records/mine/x-2epochs")
+    for words, n in (([path], 1), ([path, "--epochs", 2], 2), (["mine/x-2epochs"], 2)):
+        assert f"{n} event files" in typed("tensorboard", *words, "--out", out, "--to", tmp_path / "runs")[1]
 
 
 def test_data_that_are_there_and_that_are_missing(typed, tmp_path):
